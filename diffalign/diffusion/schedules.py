@@ -1,0 +1,60 @@
+"""Time grids from noise to data, and which of their steps are trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffalign.spec import spec
+
+
+@spec
+class TrainedSteps:
+    """Which denoising steps k in 0..K-1 (0 = noisiest) are stochastic actions to be trained.
+
+    `start`/`stop` bound the range (stop None = K; a negative start counts from the end, so start=-5 is DPPO's
+    last five steps). `size` draws a random contiguous window of that many steps in the range anew for every rollout
+    (Flow-GRPO-Fast, MixGRPO). `ode_elsewhere` makes the untrained steps deterministic.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    size: int | None = None
+    ode_elsewhere: bool = False
+
+    def draw(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Boolean mask [K] of the trained steps of one rollout."""
+        first = self.start + steps if self.start < 0 else self.start
+        last = steps if self.stop is None else self.stop
+        if not 0 <= first < last <= steps:
+            raise ValueError(f"trained steps [{self.start}, {self.stop}) do not fit a schedule of {steps} steps")
+        if self.size is not None:
+            if not 1 <= self.size <= last - first:
+                raise ValueError(f"a window of {self.size} steps does not fit the trained range of {last - first}")
+            choices = last - first - self.size + 1
+            first += int(torch.randint(choices, (1,), generator=generator, device=generator.device).item())
+            last = first + self.size
+        mask = torch.zeros(steps, dtype=torch.bool)
+        mask[first:last] = True
+        return mask
+
+
+@spec
+class Schedule:
+    """K denoising steps on path time 1 -> 0. `shift` s maps t to s t / (1 + (s - 1) t) (SD3, eq. 23).
+
+    """
+
+    steps: int
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+
+    def times(self) -> Tensor:
+        """Grid [K+1] from 1 to 0, float32; on a VP path this is diffusers' `trailing` spacing."""
+        t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        return (self.shift * t / (1 + (self.shift - 1) * t)).float()

@@ -1,0 +1,98 @@
+"""The denoising chain as a policy: denoiser + path + kernel + schedule.
+
+Legend: N rows, K denoising steps, *E event axes, M scored rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.diffusion.gaussian import Gaussian, standard_normal
+from diffalign.diffusion.kernels import ODE, Kernel
+from diffalign.diffusion.paths import FlowPath, Path, convert
+from diffalign.diffusion.schedules import Schedule, TrainedSteps
+from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
+from diffalign.policy.protocols import Decision, Denoiser, num_rows
+
+
+@dataclass(frozen=True)
+class DiffusionPolicy:
+    """A stochastic policy whose action is the end of a denoising chain (DDPO, sec. 4; DPPO, sec. 4).
+
+    event: shape of one action, e.g. (3, 32, 32) or (chunk, action_dim). clip_x0 clamps the predicted x0 to
+    +-clip_x0 and re-derives eps, as DPPO does for normalized actions. zero_noise starts the chain at x = 0 instead of
+    a draw from N(0, I) (an evaluation choice).
+
+    Raises: ValueError if the kernel is only right on the flow path and the path is another one.
+    """
+
+    denoiser: Denoiser
+    path: Path
+    kernel: Kernel
+    schedule: Schedule
+    event: tuple[int, ...]
+    trained: TrainedSteps = field(default_factory=TrainedSteps)
+    clip_x0: float | None = None
+    zero_noise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernel.flow_only and not isinstance(self.path, FlowPath):
+            raise ValueError(f"{type(self.kernel).__name__} is derived for the flow path, got {self.path}; "
+                             "use DDPM, DDIM(eta > 0) or CPS on other paths")
+
+    def with_sampler(self, kernel: Kernel, schedule: Schedule | None = None, *, zero_noise: bool = False
+                     ) -> DiffusionPolicy:
+        """The same denoiser sampled another way, e.g. by the ODE for evaluation."""
+        return replace(self, kernel=kernel, schedule=schedule or self.schedule, zero_noise=zero_noise,
+                       trained=TrainedSteps())
+
+    def predict(self, x: Float[Tensor, "M *E"], t: Float[Tensor, "M"], cond: Cond
+                ) -> tuple[Float[Tensor, "M *E"], Float[Tensor, "M *E"]]:
+        """(x0, eps) of the denoiser at (x, t), after clip_x0."""
+        level = self.path.level(t, x.ndim - 1)
+        x0, eps = convert(self.denoiser.prediction, self.denoiser(x, t, cond), x, level)
+        if self.clip_x0 is not None:
+            x0 = x0.clamp(-self.clip_x0, self.clip_x0)
+            eps = (x - level.alpha * x0) / level.sigma
+        return x0, eps
+
+    def step(self, x: Float[Tensor, "M *E"], t: Float[Tensor, "M"], t_next: Float[Tensor, "M"],
+             x0: Float[Tensor, "M *E"], eps: Float[Tensor, "M *E"]) -> Gaussian:
+        """p(x_next | x) of the policy's kernel for a prediction made at (x, t)."""
+        return self.kernel.moments(x, x0, eps, self.path.level(t, x.ndim - 1), self.path.level(t_next, x.ndim - 1))
+
+    @torch.no_grad()
+    def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None) -> Decision:
+        """Run the chain for every row of cond and keep what the transition likelihood needs.
+
+        `trained` [K] overrides the schedule's own draw, so that all decisions of one rollout share a window.
+        """
+        rows, event_dims = num_rows(cond), len(self.event)
+        device = next(iter(cond.values())).device
+        times = self.schedule.times().to(device)
+        if trained is None:
+            trained = self.trained.draw(self.schedule.steps, generator)
+        prior = standard_normal(rows, self.event, device)
+        x = torch.zeros_like(prior.mean) if self.zero_noise else prior.sample(generator)
+        xs, means, stds, log_probs = [x], [], [], []
+        for k in range(self.schedule.steps):
+            t, t_next = times[k].expand(rows), times[k + 1].expand(rows)
+            x0, eps = self.predict(x, t, cond)
+            is_ode = self.trained.ode_elsewhere and not bool(trained[k])
+            kernel = ODE() if is_ode else self.kernel
+            step = kernel.moments(x, x0, eps, self.path.level(t, event_dims), self.path.level(t_next, event_dims))
+            noisy = bool((step.std > 0).all())
+            x = step.sample(generator) if noisy else step.mean
+            scored = noisy and bool(trained[k])
+            trained[k] = scored
+            xs.append(x)
+            means.append(step.mean if scored else torch.zeros_like(x))
+            stds.append((step.std if scored else torch.zeros_like(step.std)).reshape(rows))
+            log_probs.append(step.log_prob(x) if scored else torch.zeros(rows, device=device))
+        trajectory = DenoisingTrajectory(torch.stack(xs, 1), times, trained, torch.stack(log_probs, 1),
+                                         torch.stack(means, 1), torch.stack(stds, 1), cond)
+        return Decision(x, trajectory)

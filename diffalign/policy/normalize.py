@@ -1,0 +1,59 @@
+"""Affine normalisation whose statistics travel in the checkpoint.
+
+Legend: N rows, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Normalizer(nn.Module):
+    """x -> (x - shift) / scale per feature; the buffers are saved with the module that owns it."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        """The identity for `dim` features, to be filled by `fit` or by a checkpoint."""
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    @classmethod
+    def fit(cls, data: Float[Tensor, "N D"], mode: Literal["gaussian", "limits"] = "gaussian") -> Normalizer:
+        """Statistics of `data`: gaussian maps to mean 0 and std 1, limits maps [min, max] to [-1, 1].
+
+        A constant feature keeps scale 1, so that it maps to 0 and back.
+
+        Raises: ValueError on an empty or non-finite data set, naming the first bad feature.
+        """
+        if data.shape[0] == 0:
+            raise ValueError("cannot fit a normalizer on an empty data set")
+        bad = (~torch.isfinite(data)).any(0)
+        if bool(bad.any()):
+            raise ValueError(f"feature {int(bad.nonzero()[0])} of the data set holds non-finite values")
+        low, high = data.amin(0), data.amax(0)
+        if mode == "gaussian":
+            shift, scale = data.mean(0), data.std(0, correction=0)
+        elif mode == "limits":
+            shift, scale = (low + high) / 2, (high - low) / 2
+        else:
+            raise ValueError(f"mode must be 'gaussian' or 'limits', got {mode!r}")
+        constant = high - low <= 1e-6 * torch.maximum(high.abs(), torch.ones_like(high))
+        normalizer = cls(data.shape[1])
+        normalizer.shift.copy_(shift)
+        normalizer.scale.copy_(torch.where(constant, torch.ones_like(scale), scale))
+        return normalizer
+
+    def normalize(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """(x - shift) / scale."""
+        return (x - self.shift) / self.scale
+
+    def unnormalize(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """x * scale + shift."""
+        return x * self.scale + self.shift

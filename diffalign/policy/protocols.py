@@ -1,0 +1,63 @@
+"""The abstract types of the policy layer.
+
+Legend: N rows, *E event axes, t in [0, 1] path time with 1 = noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.diffusion.paths import Prediction
+from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
+
+
+class Denoiser(Protocol):
+    """A network, or a wrapper of networks (guidance, composition, reference): predicts from a noisy x.
+
+    Implementations that own parameters are `nn.Module`s; the policy's `denoiser` must be one to be trained.
+    """
+
+    @property
+    def prediction(self) -> Prediction: ...
+
+    def __call__(self, x: Float[Tensor, "N *E"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided for N rows: the action (image, latent or action chunk) and how it was denoised."""
+
+    action: Float[Tensor, "N *E"]
+    trajectory: DenoisingTrajectory | None
+
+
+class Policy(Protocol):
+    """What an environment or a prompt source needs."""
+
+    def act(self, cond: Cond, *, generator: torch.Generator) -> Decision:
+        """One decision per row of cond."""
+        ...
+
+
+class ValueCritic(Protocol):
+    """State value V(cond), one number per row."""
+
+    def __call__(self, cond: Cond) -> Float[Tensor, "N"]: ...
+
+
+def num_rows(cond: Cond) -> int:
+    """The number of rows N of a conditioning mapping."""
+    sizes = {name: leaf.shape[0] for name, leaf in cond.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"conditioning leaves must share their first axis, got {sizes}")
+    return next(iter(sizes.values()))
+
+
+def select_rows(cond: Cond, index: Tensor) -> dict[str, Tensor]:
+    """Rows `index` of every leaf."""
+    return {name: leaf[index] for name, leaf in cond.items()}

@@ -1,0 +1,142 @@
+"""The run folder: resolved config, metrics as JSON lines, checkpoints, evaluations, environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from diffalign.train import checkpoint
+from diffalign.train.state import TrainState
+
+Listener = Callable[[int, Mapping[str, float], str, int | None], None]
+_PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "gymnasium", "mujoco", "metaworld")
+
+
+class Writer(Protocol):
+    """A second place for metrics (TensorBoard, W&B)."""
+
+    def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None: ...
+
+
+class Run:
+    """One run folder; see the README for the files in it.
+
+    listener: called as (step, metrics, phase, total) after every logged line, for progress displays.
+    writers: further metric sinks.
+    """
+
+    def __init__(self, path: Path, *, listener: Listener | None = None, writers: tuple[Writer, ...] = ()) -> None:
+        self.path = path
+        self.total: int | None = None
+        self.listener = listener
+        self.writers = writers
+
+    @classmethod
+    def create(cls, path: Path, config_yaml: str, *, resume: bool, listener: Listener | None = None,
+               writers: tuple[Writer, ...] = ()) -> Run:
+        """Open a new folder, or with `resume` one of the same config.
+
+        Raises: ValueError if the folder holds a run and resume is False, or if its config differs.
+        """
+        config = path / "config.yaml"
+        if config.exists():
+            if not resume:
+                raise ValueError(f"{path} already holds a run; add --resume to go on with it or choose another --run")
+            if config.read_text() != config_yaml:
+                raise ValueError(f"{path} was started with another config ({_differing(config.read_text(), config_yaml)}); "
+                                 "resume needs the same one, or choose another --run")
+        elif path.exists() and any(path.iterdir()):
+            raise ValueError(f"{path} is not empty and holds no run; choose another --run")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, listener=listener, writers=writers)
+        if not config.exists():
+            run.write_json("environment.json", environment())
+            _replace(config, config_yaml)
+        return run
+
+    def folder(self, name: str) -> Path:
+        """The sub-folder `name`, created."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: str = "train") -> None:
+        """Append one line to metrics.jsonl and tell the listener and the writers."""
+        line = json.dumps({"phase": phase, "step": step, **{k: float(v) for k, v in metrics.items()}})
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+        for writer in self.writers:
+            writer(step, metrics, phase)
+        if self.listener is not None:
+            self.listener(step, metrics, phase, self.total)
+
+    def save(self, state: TrainState, *, keep: int = 2) -> Path:
+        """Write a checkpoint of the state."""
+        return checkpoint.save(self.folder("checkpoints"), state, keep=keep)
+
+    def restore(self, state: TrainState) -> bool:
+        """Load the newest checkpoint if there is one, and cut metrics.jsonl back to its step."""
+        found = checkpoint.latest(self.path / "checkpoints")
+        if found is None:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return False
+        checkpoint.load(found, state)
+        self._truncate(state.step)
+        return True
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Write `name` (which may contain a folder) atomically."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, json.dumps(value, indent=2) + "\n")
+        return target
+
+    def _truncate(self, step: int) -> None:
+        metrics = self.path / "metrics.jsonl"
+        if not metrics.exists():
+            return
+        kept = []
+        for line in metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if record["step"] <= step:
+                kept.append(line)
+        _replace(metrics, "".join(line + "\n" for line in kept))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine in words, for environment.json."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"python": sys.version.split()[0], "platform": platform.platform(), "packages": packages,
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(), "accelerators": devices}
+
+
+def _replace(target: Path, text: str) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+
+
+def _differing(old: str, new: str) -> str:
+    lines = [f"{a.strip()!r} is now {b.strip()!r}" for a, b in zip(old.splitlines(), new.splitlines()) if a != b]
+    return "; ".join(lines[:3]) or "a different number of lines"
