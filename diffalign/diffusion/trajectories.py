@@ -5,9 +5,10 @@ Legend: N rows, K denoising steps, *E event axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -33,3 +34,18 @@ class DenoisingTrajectory:
     def sample(self) -> Float[Tensor, "N *E"]:
         """The clean end of the chain."""
         return self.x[:, -1]
+
+
+def concatenate(parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:
+    """The rows of several trajectories in order (decisions of a rollout: time-major).
+
+    Raises: ValueError if they differ in grid or in trained steps, because one rollout shares one window.
+    """
+    first = parts[0]
+    if any(not torch.equal(p.times, first.times) or not torch.equal(p.trained, first.trained) for p in parts):
+        raise ValueError("trajectories of one rollout must share their time grid and trained steps; "
+                         "draw the window once and pass it to every act(trained=...)")
+    cond = {name: torch.cat([p.cond[name] for p in parts]) for name in first.cond}
+    return DenoisingTrajectory(torch.cat([p.x for p in parts]), first.times, first.trained,
+                               torch.cat([p.log_prob for p in parts]), torch.cat([p.mean for p in parts]),
+                               torch.cat([p.std for p in parts]), cond)

@@ -74,20 +74,19 @@ class DiffusionPolicy:
         rows, event_dims = num_rows(cond), len(self.event)
         device = next(iter(cond.values())).device
         times = self.schedule.times().to(device)
-        if trained is None:
-            trained = self.trained.draw(self.schedule.steps, generator)
+        window = self.trained.draw(self.schedule.steps, generator) if trained is None else trained
+        trained = window.clone()
         prior = standard_normal(rows, self.event, device)
         x = torch.zeros_like(prior.mean) if self.zero_noise else prior.sample(generator)
         xs, means, stds, log_probs = [x], [], [], []
         for k in range(self.schedule.steps):
             t, t_next = times[k].expand(rows), times[k + 1].expand(rows)
             x0, eps = self.predict(x, t, cond)
-            is_ode = self.trained.ode_elsewhere and not bool(trained[k])
-            kernel = ODE() if is_ode else self.kernel
+            kernel = ODE() if self.trained.ode_elsewhere and not bool(window[k]) else self.kernel
             step = kernel.moments(x, x0, eps, self.path.level(t, event_dims), self.path.level(t_next, event_dims))
             noisy = bool((step.std > 0).all())
             x = step.sample(generator) if noisy else step.mean
-            scored = noisy and bool(trained[k])
+            scored = noisy and bool(window[k])
             trained[k] = scored
             xs.append(x)
             means.append(step.mean if scored else torch.zeros_like(x))

@@ -51,7 +51,8 @@ class Run:
             if not resume:
                 raise ValueError(f"{path} already holds a run; add --resume to go on with it or choose another --run")
             if config.read_text() != config_yaml:
-                raise ValueError(f"{path} was started with another config ({_differing(config.read_text(), config_yaml)}); "
+                difference = _differing(config.read_text(), config_yaml)
+                raise ValueError(f"{path} was started with another config ({difference}); "
                                  "resume needs the same one, or choose another --run")
         elif path.exists() and any(path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run; choose another --run")

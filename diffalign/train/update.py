@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from diffalign.train import distributed
 from diffalign.train.state import TrainState
 
 Loss = Callable[[], tuple[Tensor, Mapping[str, float]]]
@@ -35,6 +36,7 @@ def step(state: TrainState, losses: Iterable[tuple[float, Loss]], *, max_grad_no
                                 "Lower the learning rate or the trust region, or check the rewards and the data")
             totals[name] = totals.get(name, 0.0) + weight * value
         (weight * loss).backward()
+    distributed.sum_gradients(p for group in state.optimizer.param_groups for p in group["params"])
     for group in state.optimizer.param_groups:
         totals[f"grad_norm/{group['name']}"] = _clip(state, group, max_grad_norm)
     state.optimizer.step()

@@ -1,0 +1,14 @@
+"""The closed union of algorithms: each is a spec whose `compose()` gives the pieces of the on-policy loop."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from diffalign.algorithms.awm import AWM
+from diffalign.algorithms.ddpo import DDPO
+from diffalign.algorithms.dppo import DPPO
+from diffalign.algorithms.flow_grpo import FlowGRPO
+
+Algorithm = Annotated[DDPO | FlowGRPO | DPPO | AWM, Field(discriminator="type")]
+
+__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "FlowGRPO"]

@@ -1,0 +1,125 @@
+"""train, collect, evaluate, sample and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from ctypes.util import find_library
+from pathlib import Path
+from typing import Any
+
+from diffalign.cli import jobs
+from diffalign.cli.progress import ConsoleProgress
+
+
+def train(args: argparse.Namespace) -> int:
+    """`diffalign train CONFIG a.b=c ... --run DIR --resume`."""
+    prepare(args.threads)
+    file = Path(args.config)
+    job_type, job = jobs.load_job(file, args.overrides)
+    if args.name == "collect" and job_type != "robot_collect":
+        raise ValueError(
+            f"{file} is a {job_type} job; `collect` runs robot_collect jobs. Use `diffalign train {file}`"
+        )
+    path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
+    page = run_job(job, path, resume=args.resume, title=path.name)
+    say(f"run folder {path}, report {page}")
+    return 0
+
+
+def run_job(job: jobs.Job, path: Path, *, resume: bool, title: str) -> Path:
+    """Train a job in its folder with console progress, then write the report; returns the report's path."""
+    from diffalign import config
+    from diffalign.cli import report
+    from diffalign.train.run import Run
+
+    config_yaml = config.dump(job)
+    if resume:
+        jobs.refuse_other_config(path, config_yaml)
+    progress = ConsoleProgress(title)
+    started = time.time()
+    run = Run.create(path, config_yaml, resume=resume, listener=progress)
+    with progress:
+        job.train(run)
+    run.write_json("finished.json", {"seconds": round(time.time() - started, 1), "resumed": resume})
+    return report.write(path)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`diffalign evaluate RUN`: one JSON object, or the same as lines."""
+    prepare(args.threads)
+    run, job_type, job = jobs.open_run(Path(args.run))
+    _require(job, "evaluate", job_type)
+    result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
+    print(json.dumps(result) if args.json else readable(result))
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    """`diffalign sample RUN`: grids or videos of the trained policy."""
+    prepare(args.threads)
+    run, job_type, job = jobs.open_run(Path(args.run))
+    _require(job, "sample", job_type)
+    out = Path(args.out) if args.out else run.folder("drawn")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in job.sample(run, out, seed=args.seed, count=args.count):
+        print(path)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """`diffalign report RUN`: rebuild report.html, for instance of a run that is still going."""
+    from diffalign.cli import report as page
+
+    print(page.write(Path(args.run)))
+    return 0
+
+
+def prepare(threads: int | None) -> None:
+    """Thread count, and a MuJoCo renderer that works without a display (before anything imports mujoco)."""
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {threads}")
+        import torch
+
+        torch.set_num_threads(threads)
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and "MUJOCO_GL" not in os.environ:
+        if find_library("EGL") or not find_library("OSMesa"):
+            os.environ["MUJOCO_GL"] = "egl"
+        else:
+            os.environ.update(MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="osmesa")
+
+
+def readable(result: dict[str, Any]) -> str:
+    """An evaluation as aligned lines for people."""
+    flat: list[tuple[str, str]] = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            flat += [(f"{name}.{inner}", _one(item)) for inner, item in value.items()]
+        else:
+            flat.append((name, _one(value)))
+    width = max(len(name) for name, _ in flat)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in flat)
+
+
+def _one(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_one(item) for item in value) + "]"
+    if isinstance(value, dict) and {"mean", "interval"} <= value.keys():
+        return f"{_one(value['mean'])}  95% {_one(value['interval'])}"
+    return str(value)
+
+
+def _require(job: jobs.Job, method: str, job_type: str) -> None:
+    if not callable(getattr(job, method, None)):
+        raise ValueError(f"a {job_type} run holds no policy, so there is nothing to {method}")
+
+
+def say(text: str) -> None:
+    """One line on stderr; stdout is for results."""
+    print(text, file=sys.stderr)

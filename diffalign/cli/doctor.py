@@ -1,0 +1,143 @@
+"""`diffalign doctor`: what of this machine and installation is usable, and the fix for what is not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import diffalign
+from diffalign.cli.errors import install_line
+
+# extra -> modules whose import proves it; tensorboard is imported through torch, its consumer
+EXTRAS = {
+    "image": ("diffusers", "transformers", "PIL"),
+    "robot": ("gymnasium", "mujoco", "metaworld", "imageio", "imageio_ffmpeg"),
+    "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
+    "wandb": ("wandb",),
+    "lerobot": ("lerobot",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "diffusers",
+    "transformers",
+    "gymnasium",
+    "mujoco",
+    "metaworld",
+    "lerobot",
+    "onnxruntime",
+)
+_GL_FIX = {
+    "egl": "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri",
+    "osmesa": "apt-get install libosmesa6",
+}
+_RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 0 2"/><geom size=".3" rgba="1 0 0 1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 48, 48) as renderer:
+    renderer.update_scene(data)
+    picture = renderer.render()
+assert picture.std() > 1, "the picture is blank"
+"""
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """`diffalign doctor [--json]`: 0 if the core and at least one of the two domains work, 1 otherwise."""
+    found = examine()
+    print(json.dumps(found) if args.json else as_text(found))
+    return 0 if any(found["extras"][name]["usable"] for name in ("image", "robot")) else 1
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, threads, extras and renderers as one JSON-able object."""
+    import torch
+
+    extras = {name: _extra(name, modules) for name, modules in EXTRAS.items()}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus.append("Apple MPS")
+    renderers = {name: render(name) for name in _GL_FIX} if extras["robot"]["usable"] else {}
+    return {
+        "diffalign": diffalign.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": gpus,
+        "extras": extras,
+        "renderers": renderers,
+        "renderer": next((name for name, result in renderers.items() if result["usable"]), None),
+        "MUJOCO_GL": os.environ.get("MUJOCO_GL"),
+    }
+
+
+def render(backend: str) -> dict[str, Any]:
+    """Whether MuJoCo really renders a picture with a backend, tried in a process of its own (a failure may abort)."""
+    env = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    error = _run(_RENDER, env)
+    if error is None:
+        return {"usable": True}
+    return {"usable": False, "why": error, "fix": f"{_GL_FIX[backend]} (Debian, Ubuntu)"}
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
+    """Imported in a process of its own: some of these are slow, print, or change global state."""
+    error = _run("".join(f"import {module}\n" for module in modules), dict(os.environ))
+    return {"usable": True} if error is None else {"usable": False, "why": error, "fix": install_line(name)}
+
+
+def _run(code: str, env: dict[str, str]) -> str | None:
+    """None, or the last line of what went wrong."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer in 180 s"
+    if done.returncode == 0:
+        return None
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (errors or lines or [f"exit status {done.returncode}"])[-1]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The examination as aligned lines."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
+    rows = [
+        ("diffalign", f"{found['diffalign']} on Python {found['python']}, {found['platform']}"),
+        ("packages", versions),
+        ("processor", f"{found['cpu_cores']} cores, torch uses {found['threads']} threads"),
+        ("accelerators", ", ".join(found["accelerators"]) or "none (CPU only)"),
+    ]
+    rows += [(f"[{name}]", _verdict(result)) for name, result in found["extras"].items()]
+    rows += [(f"render {name}", _verdict(result)) for name, result in found["renderers"].items()]
+    if found["renderers"]:
+        advice = f"set MUJOCO_GL={found['renderer']}" if found["renderer"] else "videos cannot be made here"
+        rows.append(("renderer", f"{advice} (now {found['MUJOCO_GL'] or 'unset: diffalign picks one'})"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    return "usable" if result["usable"] else f"not usable: {result['why']}\n{'':>16}fix: {result['fix']}"

@@ -1,0 +1,200 @@
+"""What counts as the log-likelihood of a decision, and the rows it is scored on.
+
+Legend: N decisions, K denoising steps, *E event axes, M rows of a minibatch, R all rows of a rollout.
+Rows are indices until `rows` materializes a minibatch: conditioning is never copied R times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffalign.diffusion.gaussian import Gaussian, standard_normal
+from diffalign.diffusion.paths import convert, training_target
+from diffalign.diffusion.trajectories import DenoisingTrajectory
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import select_rows
+from diffalign.spec import spec
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A minibatch. `old` is the Gaussian step of the rollout policy (None where the likelihood has no density).
+
+    `position` in [0, 1] tells how late the row's denoising step is among the trained ones (1 = last).
+    """
+
+    data: Mapping[str, Tensor]
+    cond: Mapping[str, Tensor]
+    advantage: Float[Tensor, "M"]
+    old_log_prob: Float[Tensor, "M"]
+    old: Gaussian | None
+    position: Float[Tensor, "M"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its velocity eps - x0, event size D."""
+
+    log_prob: Float[Tensor, "M"]
+    gaussian: Gaussian | None
+    velocity: Float[Tensor, "M *E"]
+    dims: int
+
+
+class ExampleSet(Protocol):
+    """All rows of one rollout, lazily."""
+
+    def __len__(self) -> int: ...
+    def rows(self, index: Int[Tensor, "M"]) -> Rows: ...
+
+    @property
+    def decision(self) -> Int[Tensor, "R"]: ...
+
+
+class Likelihood(Protocol):
+    """A spec that turns a rollout into scored rows."""
+
+    @property
+    def has_density(self) -> bool: ...
+    def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
+                 *, generator: torch.Generator) -> ExampleSet: ...
+    def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored: ...
+
+
+@dataclass(frozen=True)
+class TransitionExamples:
+    """Rows (decision n, trained denoising step k)."""
+
+    trajectory: DenoisingTrajectory
+    advantage: Float[Tensor, "N"]
+    discount: float
+    decision: Int[Tensor, "R"]
+    step: Int[Tensor, "R"]
+
+    def __len__(self) -> int:
+        return self.decision.shape[0]
+
+    def rows(self, index: Int[Tensor, "M"]) -> Rows:
+        """Materialize a minibatch; the advantage is discounted by gamma_denoise^(steps left after k)."""
+        n, k, path = self.decision[index], self.step[index], self.trajectory
+        trained = path.trained.nonzero().flatten()
+        first, last = int(trained[0]), int(trained[-1])
+        spread = max(1, last - first)
+        position = torch.ones_like(k, dtype=torch.float32) if last == first else (k - first) / spread
+        std = path.std[n, k]
+        data = {"x": path.x[n, k], "x_next": path.x[n, k + 1], "t": path.times[k], "t_next": path.times[k + 1]}
+        old = Gaussian(path.mean[n, k], std.reshape(std.shape + (1,) * (path.x.ndim - 2)))
+        left = (path.trained.shape[0] - 1 - k).to(self.advantage.dtype)
+        return Rows(data, select_rows(path.cond, n), self.advantage[n] * self.discount**left, path.log_prob[n, k], old,
+                    position.float())
+
+
+@spec
+class Transition:
+    """log p(x_{k+1} | x_k, cond) of each trained reverse step (DDPO, Flow-GRPO, DPPO).
+
+    denoising_discount is DPPO's gamma_denoise (eq. 5): noisier steps count less. Old log-probs are the rollout's own.
+    """
+
+    type: Literal["transition"] = "transition"
+    denoising_discount: float = 1.0
+    has_density = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.denoising_discount <= 1:
+            raise ValueError(f"denoising_discount must lie in (0, 1], got {self.denoising_discount}")
+
+    def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
+                 *, generator: torch.Generator) -> TransitionExamples:
+        """All (n, k) with k trained. Raises: ValueError if no step of the chain has a density."""
+        steps = trajectory.trained.nonzero().flatten()
+        if len(steps) == 0:
+            raise ValueError(f"{policy.kernel} has no stochastic trained step, so there is no transition density to "
+                             "improve; use DDPM, DDIM(eta > 0), FlowSDE or CPS, widen the trained steps, or use the "
+                             "matching likelihood (awm)")
+        decisions = torch.arange(trajectory.x.shape[0], device=trajectory.x.device)
+        return TransitionExamples(trajectory, advantage, self.denoising_discount,
+                                  decisions.repeat_interleave(len(steps)), steps.repeat(len(decisions)))
+
+    def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
+        """Density of the stored x_next under the policy's kernel at the stored x."""
+        data = rows.data
+        x0, eps = policy.predict(data["x"], data["t"], rows.cond)
+        gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps)
+        return Scored(gaussian.log_prob(data["x_next"]), gaussian, eps - x0, gaussian.dims)
+
+
+@dataclass(frozen=True)
+class MatchingExamples:
+    """Rows (decision n, draw j) with the noise and time drawn once (common random numbers)."""
+
+    trajectory: DenoisingTrajectory
+    advantage: Float[Tensor, "N"]
+    decision: Int[Tensor, "R"]
+    t: Float[Tensor, "R"]
+    eps: Float[Tensor, "R *E"]
+    old_log_prob: Float[Tensor, "R"]
+
+    def __len__(self) -> int:
+        return self.decision.shape[0]
+
+    def rows(self, index: Int[Tensor, "M"]) -> Rows:
+        """Materialize a minibatch."""
+        n = self.decision[index]
+        data = {"x0": self.trajectory.x[n, -1], "eps": self.eps[index], "t": self.t[index]}
+        return Rows(data, select_rows(self.trajectory.cond, n), self.advantage[n], self.old_log_prob[index], None,
+                    torch.ones_like(self.t[index]))
+
+
+@spec
+class Matching:
+    """Minus the pre-training loss on the policy's own samples: -w(t) ||target - prediction||^2 (AWM, eq. 9; FPO).
+
+    Any sampler may have made the samples. `draws` noise-time pairs per sample, shared by the old and the new policy.
+    time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform.
+    Unit `per_dim` of the surrogate gives AWM's mean over the event.
+    """
+
+    type: Literal["matching"] = "matching"
+    draws: int = 4
+    weight: Literal["one", "t", "t2"] = "one"
+    time: Literal["grid", "uniform"] = "grid"
+    has_density = False
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+
+    def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
+                 *, generator: torch.Generator) -> MatchingExamples:
+        """Draw (t, eps) and score the current policy as the old one, in blocks of the rollout's size."""
+        rows, device = trajectory.x.shape[0], trajectory.x.device
+        decision = torch.arange(rows, device=device).repeat(self.draws)
+        if self.time == "grid":
+            grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
+            t = grid[torch.randint(len(grid), decision.shape, generator=generator, device=device)]
+        else:
+            t = 1 - torch.rand(decision.shape, generator=generator, device=device)
+        eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
+        empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t))
+        with torch.no_grad():
+            blocks = [self.score(policy, empty.rows(block)).log_prob
+                      for block in torch.arange(len(decision), device=device).split(rows)]
+        return MatchingExamples(trajectory, advantage, decision, t, eps, torch.cat(blocks))
+
+    def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
+        """Weighted squared error of the prediction at (t, eps), summed over the event."""
+        x0, eps, t = rows.data["x0"], rows.data["eps"], rows.data["t"]
+        level = policy.path.level(t, x0.ndim - 1)
+        x, prediction = level.alpha * x0 + level.sigma * eps, policy.denoiser.prediction
+        output = policy.denoiser(x, t, rows.cond)
+        error = ((output - training_target(prediction, x0, eps, level)) ** 2).flatten(1).sum(1)
+        weight = {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight]
+        new_x0, new_eps = convert(prediction, output, x, level)
+        return Scored(-weight * error, None, new_eps - new_x0, x0[0].numel())

@@ -1,0 +1,165 @@
+"""Policy surrogates on a log-likelihood ratio, with trust regions in nats.
+
+Every surrogate returns one loss per row whose gradient at ratio 1 is -A grad log p, whatever its unit.
+Legend: M rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffalign.rl.likelihoods import Rows, Scored
+from diffalign.spec import spec
+
+Unit = Literal["nats", "per_dim"]
+
+
+@dataclass(frozen=True)
+class SurrogateLoss:
+    """Loss per row, and which rows are held by the trust region from below and from above."""
+
+    loss: Float[Tensor, "M"]
+    held_low: Bool[Tensor, "M"]
+    held_high: Bool[Tensor, "M"]
+
+
+class Surrogate(Protocol):
+    """A spec: (policy's scores, rows) -> loss per row."""
+
+    @property
+    def needs_density(self) -> bool: ...
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss: ...
+
+
+def tempered(log_ratio: Float[Tensor, "M"], unit: Unit, dims: int) -> tuple[Float[Tensor, "M"], float]:
+    """(ratio, scale): exp(log_ratio) and 1 in nats; exp(log_ratio / D) and D per_dim.
+
+    per_dim is the published mean-over-dims ratio (DDPO, Flow-GRPO, DPPO); multiplying its loss by D keeps the gradient
+    at ratio 1 equal to that of the joint ratio.
+    """
+    if unit == "nats":
+        return log_ratio.exp(), 1.0
+    return (log_ratio / dims).exp(), float(dims)
+
+
+def bounds(low: Tensor, high: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Ratio limits: [exp(-low), exp(high)] in nats, the authors' [1 - low, 1 + high] per_dim."""
+    return ((-low).exp(), high.exp()) if unit == "nats" else (1 - low, 1 + high)
+
+
+def clipped(ratio: Float[Tensor, "M"], advantage: Float[Tensor, "M"], low: Float[Tensor, "M"], high: Float[Tensor, "M"],
+            dual: float | None) -> SurrogateLoss:
+    """max(-A r, -A clip(r, low, high)), and for A < 0 at most -dual A (Ye et al. 2020).
+
+    Schulman et al. 2017, eq. 7. low and high are ratio limits.
+    """
+    loss = torch.maximum(-advantage * ratio, -advantage * torch.minimum(torch.maximum(ratio, low), high))
+    if dual is not None:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
+    return SurrogateLoss(loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0))
+
+
+def step_factor(position: Float[Tensor, "M"], start: float, rate: float) -> Float[Tensor, "M"]:
+    """DPPO's clip schedule over denoising steps: start + (1 - start) (e^(rate p) - 1) / (e^rate - 1).
+
+    position p = 0 is the noisiest trained step, 1 the last; a single trained step has p = 1 (the public code
+    divides 0 by 0 there).
+    """
+    return start + (1 - start) * torch.expm1(rate * position) / math.expm1(rate)
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+@spec
+class PPOClip:
+    """PPO's clip. low/high bound the log-ratio in joint nats, or with unit per_dim the mean-over-dims ratio.
+
+    A published clip of 1e-4 per_dim is 1e-4 * D nats: 1.6 for SD1.5, 0.003 for a 28-number chunk. dual caps the loss of
+    negative advantages at dual * |A|. step_start < 1 tightens noisier steps (DPPO's schedule, rate step_rate).
+    """
+
+    type: Literal["ppo_clip"] = "ppo_clip"
+    low: float = 0.2
+    high: float = 0.2
+    unit: Unit = "nats"
+    dual: float | None = None
+    step_start: float = 1.0
+    step_rate: float = 3.0
+    needs_density = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "low", "high", "step_rate", "step_start")
+        if self.unit == "per_dim" and self.low >= 1:
+            raise ValueError(f"a per_dim low of {self.low} leaves no lower limit (1 - low must be positive)")
+        if self.dual is not None and self.dual <= 1:
+            raise ValueError(f"dual must exceed 1, got {self.dual}")
+
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
+        """Clipped loss, scaled so that its gradient starts as -A grad log p."""
+        ratio, scale = tempered(new.log_prob - rows.old_log_prob, self.unit, new.dims)
+        factor = step_factor(rows.position, self.step_start, self.step_rate)
+        result = clipped(ratio, rows.advantage, *bounds(self.low * factor, self.high * factor, self.unit), self.dual)
+        return SurrogateLoss(scale * result.loss, result.held_low, result.held_high)
+
+
+@spec
+class SimplePO:
+    """-[r A - |A| (r - 1)^2 / (2 e)]: pulls to r = 1 +- e instead of switching the gradient off (Xie et al. 2024).
+
+    limit is e in joint nats (e = exp(limit) - 1) or, per_dim, on the mean-over-dims ratio.
+    """
+
+    type: Literal["simple_po"] = "simple_po"
+    limit: float = 0.2
+    unit: Unit = "nats"
+    needs_density = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "limit")
+
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
+        """Quadratically penalized loss."""
+        ratio, scale = tempered(new.log_prob - rows.old_log_prob, self.unit, new.dims)
+        radius = math.expm1(self.limit) if self.unit == "nats" else self.limit
+        advantage = rows.advantage
+        loss = -(ratio * advantage - advantage.abs() * (ratio - 1) ** 2 / (2 * radius))
+        held_low, held_high = (ratio < 1 - radius) & (advantage < 0), (ratio > 1 + radius) & (advantage > 0)
+        return SurrogateLoss(scale * loss, held_low, held_high)
+
+
+@spec
+class DivergenceGate:
+    """-A r with the gradient off where the exact KL(old || new) >= limit and the update moves further away.
+
+    Flow-DPPO / divergence-gated PPO (image_peers 2.9). limit in joint nats, or nats per element with unit per_dim.
+    """
+
+    type: Literal["divergence_gate"] = "divergence_gate"
+    limit: float = 0.05
+    unit: Unit = "nats"
+    needs_density = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "limit")
+
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
+        """Gated loss. Raises: ValueError on a likelihood without Gaussian steps."""
+        if new.gaussian is None or rows.old is None:
+            raise ValueError("divergence_gate needs the exact KL of Gaussian steps; use the transition likelihood or "
+                             "another surrogate")
+        ratio, scale = tempered(new.log_prob - rows.old_log_prob, self.unit, new.dims)
+        far = rows.old.kl(new.gaussian).detach() >= self.limit * scale
+        low, high = far & (ratio < 1) & (rows.advantage < 0), far & (ratio > 1) & (rows.advantage > 0)
+        kept = torch.where(low | high, ratio.detach(), ratio)
+        return SurrogateLoss(-scale * rows.advantage * kept, low, high)

@@ -1,0 +1,59 @@
+"""The few collectives that data-parallel training needs; identities in one process.
+
+Every rank holds the same TrainState (and the same generator) and collects its own episodes; advantages are computed
+on the gathered batch and gradients are summed, so that neither depends on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """This process's number, 0 in one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_columns(x: Tensor) -> Tensor:
+    """Concatenate [..., B] of every rank along the last axis, in rank order; B must be equal on all ranks."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    if x.dtype == torch.bool:
+        return gather_columns(x.to(torch.uint8)).bool()
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, -1)
+
+
+def own_columns(x: Tensor) -> Tensor:
+    """This rank's slice of a gathered [..., world * B]."""
+    width = x.shape[-1] // world_size()
+    return x[..., rank() * width : (rank() + 1) * width]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all ranks; a missing gradient counts as zero."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def sum_scalar(value: float) -> float:
+    """The sum of a number over all ranks."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
