@@ -15,7 +15,7 @@ from diffalign.rl.advantages import GroupNormalized
 from diffalign.rl.likelihoods import Matching
 from diffalign.rl.surrogates import PPOClip
 from diffalign.spec import spec
-from diffalign.train.on_policy import OnPolicy, Optimization
+from diffalign.train.pieces import OnPolicy, Optimization
 
 
 @spec

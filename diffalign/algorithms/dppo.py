@@ -17,7 +17,7 @@ from diffalign.rl.advantages import GAE
 from diffalign.rl.likelihoods import Transition
 from diffalign.rl.surrogates import PPOClip
 from diffalign.spec import spec
-from diffalign.train.on_policy import OnPolicy, Optimization
+from diffalign.train.pieces import OnPolicy, Optimization
 
 
 @spec

@@ -21,9 +21,7 @@ def train(args: argparse.Namespace) -> int:
     file = Path(args.config)
     job_type, job = jobs.load_job(file, args.overrides)
     if args.name == "collect" and job_type != "robot_collect":
-        raise ValueError(
-            f"{file} is a {job_type} job; `collect` runs robot_collect jobs. Use `diffalign train {file}`"
-        )
+        raise ValueError(f"{file} is a {job_type} job; `collect` runs robot_collect jobs. Use `diffalign train {file}`")
     path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
     page = run_job(job, path, resume=args.resume, title=path.name)
     say(f"run folder {path}, report {page}")

@@ -41,9 +41,7 @@ DEMOS = {
 def demo(args: argparse.Namespace) -> int:
     """`diffalign demo [robot|image]`: every stage in its own run folder; finished stages are kept."""
     prepare(args.threads)
-    pages = [
-        _run(domain, Path(args.out), args.seed) for domain in ([args.domain] if args.domain else list(DEMOS))
-    ]
+    pages = [_run(domain, Path(args.out), args.seed) for domain in ([args.domain] if args.domain else list(DEMOS))]
     say("open in a browser: " + ", ".join(str(page) for page in pages))
     return 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -64,11 +66,13 @@ def examine() -> dict[str, Any]:
     """Versions, devices, threads, extras and renderers as one JSON-able object."""
     import torch
 
-    extras = {name: _extra(name, modules) for name, modules in EXTRAS.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+        extras = dict(zip(EXTRAS, pool.map(_extra, EXTRAS, EXTRAS.values()), strict=True))
+        rendering = list(pool.map(render, _GL_FIX)) if extras["robot"]["usable"] else []
+    renderers = dict(zip(_GL_FIX, rendering)) if rendering else {}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("Apple MPS")
-    renderers = {name: render(name) for name in _GL_FIX} if extras["robot"]["usable"] else {}
     return {
         "diffalign": diffalign.__version__,
         "python": platform.python_version(),
@@ -95,6 +99,9 @@ def render(backend: str) -> dict[str, Any]:
 
 def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
     """Imported in a process of its own: some of these are slow, print, or change global state."""
+    missing = [module for module in modules if importlib.util.find_spec(module.partition(".")[0]) is None]
+    if missing:
+        return {"usable": False, "why": f"not installed: {', '.join(missing)}", "fix": install_line(name)}
     error = _run("".join(f"import {module}\n" for module in modules), dict(os.environ))
     return {"usable": True} if error is None else {"usable": False, "why": error, "fix": install_line(name)}
 
@@ -102,9 +109,7 @@ def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
 def _run(code: str, env: dict[str, str]) -> str | None:
     """None, or the last line of what went wrong."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
         return "no answer in 180 s"
     if done.returncode == 0:

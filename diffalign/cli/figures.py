@@ -43,9 +43,7 @@ def interval_curve(points: Sequence[Point], intervals: Sequence[Point], label: s
         )
         return bars + _line(points, px, py, "line") + "".join(_dot(point, px, py) for point in points)
 
-    return _frame(
-        label, [x for x, _ in points], [bound for interval in intervals for bound in interval], marks
-    )
+    return _frame(label, [x for x, _ in points], [bound for interval in intervals for bound in interval], marks)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -83,8 +81,7 @@ def _frame(
         for y in ticks(y0, y1)
     )
     columns = "".join(
-        f'<text x="{px(x):.1f}" y="{_BOTTOM + 14}" text-anchor="middle">{_number(x)}</text>'
-        for x in ticks(x0, x1, 6)
+        f'<text x="{px(x):.1f}" y="{_BOTTOM + 14}" text-anchor="middle">{_number(x)}</text>' for x in ticks(x0, x1, 6)
     )
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}"><text class="name" x="{_LEFT}" y="14">'
@@ -108,9 +105,7 @@ def _number(value: float) -> str:
     return f"{value:.6g}" if size >= 1e-3 or size < 1e-12 else f"{value:.1e}".replace("e-0", "e-")
 
 
-def _line(
-    points: Sequence[Point], px: Callable[[float], float], py: Callable[[float], float], style: str
-) -> str:
+def _line(points: Sequence[Point], px: Callable[[float], float], py: Callable[[float], float], style: str) -> str:
     return f'<polyline class="{style}" points="{" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)}"/>'
 
 

@@ -26,9 +26,7 @@ class Job(Protocol):
         """Do everything, or go on from the run folder's newest checkpoint."""
         ...
 
-    def evaluate(
-        self, run: Run, *, seed: int, episodes: int | None, sampler: Sampler | None
-    ) -> dict[str, Any]:
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: Sampler | None) -> dict[str, Any]:
         """One JSON-able object with intervals."""
         ...
 

@@ -156,9 +156,7 @@ def _add_demo(sub: _Sub) -> None:
 def _add_train(sub: _Sub, name: str, help: str, example: str) -> None:
     parser = _add(sub, name, "commands", "train", help, example, threads=True)
     parser.add_argument("config", metavar="CONFIG", help="a YAML recipe, see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="change a value of the recipe at its dotted path"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value of the recipe at its dotted path")
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/<name of the recipe>)")
     parser.add_argument(
         "--resume",
@@ -179,9 +177,7 @@ def _add_evaluate(sub: _Sub) -> None:
         threads=True,
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the episodes or prompts (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes or prompts (default: %(default)s)")
     parser.add_argument(
         "--episodes", type=int, metavar="N", help="episodes, or images per evaluation (default: the recipe's)"
     )

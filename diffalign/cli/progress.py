@@ -27,9 +27,7 @@ KEY_METRICS = (
 class ConsoleProgress:
     """A `Run` listener, used as a context manager: shows rate, time left and a few key metrics on stderr."""
 
-    def __init__(
-        self, title: str, *, seconds_between_lines: float = 10.0, console: Console | None = None
-    ) -> None:
+    def __init__(self, title: str, *, seconds_between_lines: float = 10.0, console: Console | None = None) -> None:
         self.title = title
         self.console = console or Console(stderr=True)
         self.every = seconds_between_lines
@@ -56,9 +54,7 @@ class ConsoleProgress:
             self.console.print(f"{self.title}: starting", highlight=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
         if kind is None:
@@ -78,9 +74,7 @@ class ConsoleProgress:
         elif now - self.last_line >= self.every:
             self.last_line = now
             left = f", {duration((total - step) / rate)} left" if total and rate > 0 else ""
-            self._say(
-                f"{self.title}: step {step}{f'/{total}' if total else ''}, {speed(rate)}{left}; {shown}"
-            )
+            self._say(f"{self.title}: step {step}{f'/{total}' if total else ''}, {speed(rate)}{left}; {shown}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -122,9 +122,7 @@ def _headline(evaluations: Sequence[Evaluation]) -> str:
 
 def _media(run: Path) -> str:
     found = [*sorted((run / "samples").glob("*.png")), *sorted((run / "videos").glob("*.mp4"))]
-    pair = sorted(
-        (path for path in found if _role(path)), key=lambda path: (path.suffix, -len(_role(path)), path.name)
-    )
+    pair = sorted((path for path in found if _role(path)), key=lambda path: (path.suffix, -len(_role(path)), path.name))
     rest = [path for path in found if path not in pair]
     if not found:
         return ""
@@ -133,17 +131,11 @@ def _media(run: Path) -> str:
         strip = f'<div class="strip">{"".join(map(_figure, rest))}</div>'
         shown += f"<details><summary>{len(rest)} more</summary>{strip}</details>" if pair else strip
     heading = "Before and after" if len({_role(path) for path in pair}) == 2 else "What the policy makes"
-    return (
-        _section(heading, "The same seeds on both sides.", shown)
-        if len(pair) > 1
-        else _section(heading, "", shown)
-    )
+    return _section(heading, "The same seeds on both sides.", shown) if len(pair) > 1 else _section(heading, "", shown)
 
 
 def _role(path: Path) -> str:
-    return next(
-        (role for role in ("before", "after") if path.stem == role or path.stem.startswith(f"{role}_")), ""
-    )
+    return next((role for role in ("before", "after") if path.stem == role or path.stem.startswith(f"{role}_")), "")
 
 
 def _figure(path: Path) -> str:
@@ -189,9 +181,7 @@ def _evaluation_row(evaluation: Evaluation, columns: Sequence[str]) -> str:
 
 def _evaluation_curve(name: str, evaluations: Sequence[Evaluation]) -> str:
     points = sorted(
-        (e.step, m)
-        for e in evaluations
-        if e.step is not None and (m := e.measures.get(name)) and m.low is not None
+        (e.step, m) for e in evaluations if e.step is not None and (m := e.measures.get(name)) and m.low is not None
     )
     if len(points) < 3:
         return ""
@@ -203,15 +193,11 @@ def _evaluation_curve(name: str, evaluations: Sequence[Evaluation]) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, Any]], heading: str, note: str) -> str:
-    names = list(
-        dict.fromkeys(name for record in records for name in record if name not in ("phase", "step"))
-    )
+    names = list(dict.fromkeys(name for record in records for name in record if name not in ("phase", "step")))
     names.sort(key=lambda name: KEY_METRICS.index(name) if name in KEY_METRICS else len(KEY_METRICS))
     drawn = []
     for name in names:
-        points = [
-            (record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)
-        ]
+        points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
         if points:
             drawn.append(figures.curve(points, name))
     if not drawn:
@@ -247,9 +233,7 @@ def _environment_section(run: Path) -> str:
         for name, value in record.items()
     ]
     pairs.append(("packages", ", ".join(f"{name} {number}" for name, number in packages.items())))
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in pairs
-    )
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in pairs)
     return _section("Environment", "", f'<div class="scroll"><table>{rows}</table></div>')
 
 

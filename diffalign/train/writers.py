@@ -35,11 +35,11 @@ class WandbWriter:
         if mode not in ("online", "offline"):
             raise ValueError(f"the W&B mode must be 'online' or 'offline', got {mode!r}")
         try:
-            import wandb
+            from wandb import init
         except ImportError:
             raise ImportError("wandb is not installed; pip install 'diffalign[wandb]'") from None
-        self._run: Any = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, resume="allow",
-                                    id=folder.name, config={"folder": folder.name})
+        options: dict[str, Any] = {"mode": mode, "resume": "allow", "id": folder.name}
+        self._run: Any = init(project=project, name=folder.name, dir=str(folder), **options)
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         """Log one step; evaluations at the same step keep their own names."""

@@ -1,0 +1,84 @@
+"""What an on-policy algorithm is made of: likelihood, advantage, surrogate, penalties and an optimization plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffalign.rl.advantages import AdvantageEstimator
+from diffalign.rl.likelihoods import Likelihood
+from diffalign.rl.surrogates import Surrogate
+from diffalign.spec import spec
+
+
+@spec
+class Optimization:
+    """How gradients are taken, the same for every algorithm.
+
+    epochs x minibatches optimizer steps per rollout; microbatch_rows bounds memory and does not change the result.
+    ratio_tolerance: largest |log ratio| in nats allowed on the first minibatch after a rollout.
+    ema_decay: keep averaged policy weights (per optimizer step), used for evaluation.
+    critic_warmup: iterations in which only the critic learns.
+    """
+
+    learning_rate: float = 3e-4
+    critic_learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    epochs: int = 1
+    minibatches: int = 1
+    microbatch_rows: int = 4096
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    ratio_tolerance: float = 0.05
+    critic_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches", "microbatch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "critic_learning_rate", "ratio_tolerance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """A composition of pieces; the algorithm specs build it.
+
+    reference_kl / reference_velocity hold the policy near the frozen reference, ema_velocity near its own average,
+    behavior_cloning near demonstrations; value_loss weighs the critic's squared error.
+
+    Raises: ValueError where the pieces do not fit each other.
+    """
+
+    likelihood: Likelihood
+    advantage: AdvantageEstimator
+    surrogate: Surrogate
+    optimization: Optimization
+    reference_kl: float = 0.0
+    reference_velocity: float = 0.0
+    ema_velocity: float = 0.0
+    behavior_cloning: float = 0.0
+    value_loss: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "value_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.surrogate.needs_density and not self.likelihood.has_density:
+            raise ValueError(f"{type(self.surrogate).__name__} needs the exact KL of Gaussian steps, which the "
+                             f"{type(self.likelihood).__name__} likelihood has not; use PPOClip or SimplePO")
+        if self.reference_kl and not self.likelihood.has_density:
+            raise ValueError(f"reference_kl={self.reference_kl} needs Gaussian steps, which the "
+                             f"{type(self.likelihood).__name__} likelihood has not; use reference_velocity")
+        if self.ema_velocity and self.optimization.ema_decay is None:
+            raise ValueError(f"ema_velocity={self.ema_velocity} needs averaged weights; set optimization.ema_decay")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen reference denoiser must be given."""
+        return self.reference_kl > 0 or self.reference_velocity > 0
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether state.modules must hold a "critic"."""
+        return self.advantage.needs_critic

@@ -1,0 +1,157 @@
+"""Evaluation on fixed captions and noise: rewards with intervals, exact KL to the pre-trained model, picture grids.
+
+Legend: P prompts x G images of each = N rows; K denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from diffalign.diffusion import ODE
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import Denoiser, select_rows
+from diffalign.spec import spec
+from diffalign.train.statistics import mean_interval
+from diffalign_image.pipeline import Parts
+from diffalign_image.rewards import measure, to_bytes
+from diffalign_image.shapes import SIZE, Split, scenes
+from diffalign_image.text import encode_captions
+
+Sampler = Literal["stochastic", "ode"]
+_BATCH = 64
+_ZOOM = 3
+
+
+@spec
+class Evaluation:
+    """How a job is evaluated: P captions of the split, G images of each; seed fixes captions and noise.
+
+    The same seed before and after training gives the same captions and the same initial noise.
+    """
+
+    prompts: int = 128
+    images_per_prompt: int = 2
+    split: Split = "held_out"
+    seed: int = 1000
+    kl_images: int = 64
+
+    def __post_init__(self) -> None:
+        most = len(scenes(self.split))
+        if not 2 <= self.prompts <= most:
+            raise ValueError(f"prompts must lie in 2..{most} (captions of the {self.split} split; an interval needs two), "
+                             f"got {self.prompts}")
+        if self.images_per_prompt < 1 or self.kl_images < 2:
+            raise ValueError(f"need images_per_prompt >= 1 and kl_images >= 2, got {self.images_per_prompt} and "
+                             f"{self.kl_images}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images [N, 3, 32, 32] in [-1, 1] with their captions."""
+
+    images: Tensor
+    captions: list[str]
+
+
+def pick_captions(spec: Evaluation) -> list[str]:
+    """P distinct captions of the split, the same for the same seed."""
+    pool = scenes(spec.split)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))
+    return [pool[i].caption for i in order[: spec.prompts].tolist()]
+
+
+def sampler_policy(policy: DiffusionPolicy, sampler: Sampler) -> DiffusionPolicy:
+    """The policy sampled by its own stochastic kernel or by the ODE on the same schedule."""
+    return policy.with_sampler(ODE()) if sampler == "ode" else policy
+
+
+def describe(policy: DiffusionPolicy) -> str:
+    """The sampler in words, e.g. "ode(8 steps)"."""
+    name = type(policy.kernel).__name__.lower()
+    how = "stochastic" if policy.kernel.stochastic else "deterministic"
+    return f"{name}({policy.schedule.steps} steps, shift {policy.schedule.shift:g}, {how})"
+
+
+def draw(policy: DiffusionPolicy, parts: Parts, captions: Sequence[str], *, seed: int) -> Drawn:
+    """One image per caption."""
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    generator = torch.Generator().manual_seed(seed)
+    images = [policy.act(select_rows(cond, rows), generator=generator).action for rows in _blocks(len(captions))]
+    return Drawn(torch.cat(images).clamp(-1, 1), list(captions))
+
+
+def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler: Sampler = "ode",
+             reference: Denoiser | None = None) -> dict[str, Any]:
+    """Rewards by name with 95 % intervals over prompt means, and the exact KL to the reference in nats per image."""
+    captions = pick_captions(spec)
+    chosen = sampler_policy(policy, sampler)
+    drawn = draw(chosen, parts, [c for c in captions for _ in range(spec.images_per_prompt)], seed=spec.seed)
+    rewards = {}
+    for name, values in measure(drawn.images, drawn.captions).items():
+        per_prompt = values.double().reshape(-1, spec.images_per_prompt).mean(1).tolist()
+        mean, low, high = mean_interval(per_prompt)
+        rewards[name] = {"mean": mean, "interval": [low, high]}
+    result: dict[str, Any] = {"rewards": rewards, "split": spec.split, "prompts": spec.prompts,
+                              "images": len(drawn.captions), "seed": spec.seed, "sampler": describe(chosen)}
+    if reference is not None and policy.kernel.stochastic:
+        some = [captions[i % len(captions)] for i in range(spec.kl_images)]
+        mean, low, high = mean_interval(path_kl(policy, reference, parts, some, seed=spec.seed).tolist())
+        result |= {"kl_nats": mean, "kl_interval": [low, high], "kl_sampler": describe(policy)}
+    return result
+
+
+@torch.no_grad()
+def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions: Sequence[str], *, seed: int) -> Tensor:
+    """KL(policy || reference) of the whole chain in nats, one estimate per caption [N].
+
+    Sum over the stochastic steps of the exact Gaussian KL at the states that the policy visits; its mean over
+    trajectories is the exact KL of the path distributions (chain rule) and bounds that of the images.
+    """
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    generator, anchor = torch.Generator().manual_seed(seed), replace(policy, denoiser=reference)
+    everywhere = torch.ones(policy.schedule.steps, dtype=torch.bool)
+    totals = []
+    for rows in _blocks(len(captions)):
+        some = select_rows(cond, rows)
+        trajectory = policy.act(some, generator=generator, trained=everywhere.clone()).trajectory
+        if trajectory is None:
+            raise TypeError("the policy kept no trajectory; a DiffusionPolicy does")
+        total = torch.zeros(len(rows))
+        for k in trajectory.trained.nonzero().flatten().tolist():
+            x, t, t_next = trajectory.x[:, k], *(trajectory.times[k + i].expand(len(rows)) for i in (0, 1))
+            steps = [p.step(x, t, t_next, *p.predict(x, t, some)) for p in (policy, anchor)]
+            total += steps[0].kl(steps[1])
+        totals.append(total)
+    return torch.cat(totals)
+
+
+def save_grid(drawn: Drawn, target: Path, *, columns: int = 8) -> Path:
+    """Write the images as a PNG, each enlarged three times with its caption below."""
+    cell, text = SIZE * _ZOOM, 44
+    rows = -(-len(drawn.captions) // columns)
+    sheet = Image.new("RGB", (columns * (cell + 4), rows * (cell + text)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (pixels, caption) in enumerate(zip(to_bytes(drawn.images), drawn.captions)):
+        corner = (i % columns) * (cell + 4), (i // columns) * (cell + text)
+        enlarged = np.kron(pixels, np.ones((_ZOOM, _ZOOM, 1), dtype=np.uint8))
+        sheet.paste(Image.fromarray(enlarged), corner)
+        pen.multiline_text((corner[0] + 1, corner[1] + cell + 1), _wrapped(caption), fill="black", font_size=10, spacing=1)
+    sheet.save(target)
+    return target
+
+
+def _wrapped(caption: str) -> str:
+    words = caption.split()
+    return "\n".join([" ".join(words[:3]), " ".join(words[3:-3]), " ".join(words[-3:])])
+
+
+def _blocks(rows: int) -> Iterator[Tensor]:
+    yield from torch.arange(rows).split(_BATCH)
