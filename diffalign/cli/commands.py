@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,26 @@ def train(args: argparse.Namespace) -> int:
     if args.name == "collect" and job_type != "robot_collect":
         raise ValueError(f"{file} is a {job_type} job; `collect` runs robot_collect jobs. Use `diffalign train {file}`")
     path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
-    page = run_job(job, path, resume=args.resume, title=path.name)
+    loggers = {name: mode for name, mode in (("tensorboard", args.tensorboard), ("wandb", args.wandb)) if mode}
+    page = run_job(job, path, resume=args.resume, loggers=loggers)
     say(f"run folder {path}, report {page}")
     return 0
 
 
-def run_job(job: jobs.Job, path: Path, *, resume: bool, title: str) -> Path:
+def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, str] | None = None) -> Path:
     """Train a job in its folder with console progress, then write the report; returns the report's path."""
     from diffalign import config
     from diffalign.cli import report
     from diffalign.train.run import Run
+    from diffalign.train.writers import open_writers
 
     config_yaml = config.dump(job)
     if resume:
         jobs.refuse_other_config(path, config_yaml)
-    progress = ConsoleProgress(title)
+    progress = ConsoleProgress(path.name)
     started = time.time()
     run = Run.create(path, config_yaml, resume=resume, listener=progress)
+    run.writers = open_writers(loggers or {}, path)
     with progress:
         job.train(run)
     run.write_json("finished.json", {"seconds": round(time.time() - started, 1), "resumed": resume})
@@ -49,8 +53,7 @@ def run_job(job: jobs.Job, path: Path, *, resume: bool, title: str) -> Path:
 def evaluate(args: argparse.Namespace) -> int:
     """`diffalign evaluate RUN`: one JSON object, or the same as lines."""
     prepare(args.threads)
-    run, job_type, job = jobs.open_run(Path(args.run))
-    _require(job, "evaluate", job_type)
+    run, job = jobs.open_run(Path(args.run))
     result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
     print(json.dumps(result) if args.json else readable(result))
     return 0
@@ -59,8 +62,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def sample(args: argparse.Namespace) -> int:
     """`diffalign sample RUN`: grids or videos of the trained policy."""
     prepare(args.threads)
-    run, job_type, job = jobs.open_run(Path(args.run))
-    _require(job, "sample", job_type)
+    run, job = jobs.open_run(Path(args.run))
     out = Path(args.out) if args.out else run.folder("drawn")
     out.mkdir(parents=True, exist_ok=True)
     for path in job.sample(run, out, seed=args.seed, count=args.count):
@@ -111,11 +113,6 @@ def _one(value: Any) -> str:
     if isinstance(value, dict) and {"mean", "interval"} <= value.keys():
         return f"{_one(value['mean'])}  95% {_one(value['interval'])}"
     return str(value)
-
-
-def _require(job: jobs.Job, method: str, job_type: str) -> None:
-    if not callable(getattr(job, method, None)):
-        raise ValueError(f"a {job_type} run holds no policy, so there is nothing to {method}")
 
 
 def say(text: str) -> None:

@@ -52,12 +52,12 @@ def _run(domain: str, out: Path, seed: int) -> Path:
         folder = out / f"demo-{domain}{stage.suffix}"
         overrides = [f"seed={seed}", *stage.overrides, *([f"base={base}"] if base else [])]
         base = folder
-        _, job = jobs.load_job(configs() / stage.config, overrides)
+        _, job = jobs.load_job(configs(domain) / stage.config, overrides)
         if _finished(folder, job):
             say(f"{folder}: already done")
             continue
         say(f"demo {domain}, stage {number} of {len(stages)}: {stage.what}")
-        run_job(job, folder, resume=True, title=folder.name)
+        run_job(job, folder, resume=True)
     return out / f"demo-{domain}" / "report.html"
 
 
@@ -68,14 +68,14 @@ def _finished(folder: Path, job: jobs.Job) -> bool:
     return (folder / "finished.json").is_file() and (folder / "report.html").is_file()
 
 
-def configs() -> Path:
+def configs(domain: str) -> Path:
     """The recipes: ./configs, or those of the checkout that diffalign is installed from.
 
     Raises: ValueError where neither exists (a wheel installed away from a checkout).
     """
     candidates = [Path("configs"), Path(diffalign.__file__).resolve().parents[1] / "configs"]
     for folder in candidates:
-        if all((folder / stage.config).is_file() for stages in DEMOS.values() for stage in stages):
+        if all((folder / stage.config).is_file() for stage in DEMOS[domain]):
             return folder
     raise ValueError(
         f"the demo's recipes were found neither in {candidates[0].resolve()} nor in {candidates[1]}; "

@@ -47,7 +47,7 @@ def paragraph(error: BaseException) -> str | None:
         return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     if isinstance(error, FloatingPointError):
         return str(error)
-    if isinstance(error, ValueError) and _raised_by_us(error):
+    if isinstance(error, ValueError | ImportError) and _raised_by_us(error):
         return str(error)
     return None
 

@@ -69,7 +69,7 @@ def measures(record: Mapping[str, Any]) -> dict[str, Measure]:
     for name, reward in record.get("rewards", {}).items():
         found[name.replace("_", " ")] = _with_interval(reward["mean"], reward.get("interval"))
     if record.get("kl_nats") is not None:
-        found["KL to base (nats)"] = Measure(float(record["kl_nats"]))
+        found["KL to base (nats)"] = _with_interval(record["kl_nats"], record.get("kl_interval"))
     return found
 
 

@@ -19,7 +19,7 @@ def curve(points: Sequence[Point], label: str) -> str:
     """
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     if not finite:
-        return _frame(f"{label}: no finite values", [0, 1], [0, 1], lambda x, y: "")
+        return _frame(f"{label}: no finite values", [0.0, 1.0], [0.0, 1.0], lambda x, y: "")
     missing = len(points) - len(finite)
     smooth = running_mean([y for _, y in finite], len(finite) // 40 + 1)
     means = [(x, y) for (x, _), y in zip(finite, smooth, strict=True)]

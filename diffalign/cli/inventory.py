@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from diffalign.cli.errors import paragraph
+
 Inventory = dict[str, dict[str, str]]
 _WIDTH = 100
+# kind -> the closed union of an adapter
+_OF_ADAPTERS = {
+    "rewards": ("diffalign_image.rewards", "AnyReward"),
+    "environments": ("diffalign_robot.choices", "Environment"),
+    "policies": ("diffalign_robot.choices", "Network"),
+}
 
 
 def show(args: argparse.Namespace) -> int:
@@ -20,14 +30,20 @@ def show(args: argparse.Namespace) -> int:
 
 
 def inventory() -> Inventory:
-    """kind -> name -> one line, of the core and of both adapters."""
+    """kind -> name -> one line, of the core and of the adapters; a kind whose extra is missing is empty."""
     from diffalign import algorithms, choices
 
     found = {"algorithms": described(algorithms.Algorithm)}
     found |= {kind: described(union) for kind, union in choices.UNIONS.items()}
-    for module in ("diffalign_image.choices", "diffalign_robot.choices"):
-        for kind, union in import_module(module).UNIONS.items():
-            found[kind] = {**found.get(kind, {}), **described(union)}
+    for kind, (module, name) in _OF_ADAPTERS.items():
+        try:
+            found[kind] = described(getattr(import_module(module), name))
+        except ModuleNotFoundError as error:
+            text = paragraph(error)
+            if text is None:
+                raise
+            found[kind] = {}
+            print(f"{kind}: {text}", file=sys.stderr)
     return found
 
 
@@ -35,13 +51,13 @@ def described(union: Any) -> dict[str, str]:
     """The first docstring sentence of every member of a closed union, by its `type`."""
     from diffalign.config import members
 
-    return {name: first_line(member) for name, member in members(union).items()}
+    return {name: first_sentence(member) for name, member in members(union).items()}
 
 
-def first_line(member: type) -> str:
-    """The first line of a docstring, without its final full stop."""
-    text = " ".join((member.__doc__ or "").strip().partition("\n\n")[0].split())
-    return text.removesuffix(".")
+def first_sentence(member: type) -> str:
+    """The first sentence of a docstring without its full stop."""
+    text = " ".join((member.__doc__ or "").partition("\n\n")[0].split())
+    return re.split(r"(?<!\beq)(?<!\bsec)(?<!\bal)\.(?: |$)", text, maxsplit=1)[0]
 
 
 def as_text(found: Mapping[str, Mapping[str, str]]) -> str:

@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from diffalign.train.run import Run
@@ -19,12 +19,18 @@ JOB_TYPES = {
 }
 
 
+@runtime_checkable
 class Job(Protocol):
     """What the command line needs from a job spec of an adapter."""
 
     def train(self, run: Run) -> None:
         """Do everything, or go on from the run folder's newest checkpoint."""
         ...
+
+
+@runtime_checkable
+class PolicyJob(Job, Protocol):
+    """A job whose run holds a policy."""
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: Sampler | None) -> dict[str, Any]:
         """One JSON-able object with intervals."""
@@ -66,10 +72,10 @@ def _type_of(file: Path, overrides: list[str]) -> str:
     return str(job_type)
 
 
-def open_run(path: Path) -> tuple[Run, str, Job]:
-    """An existing run folder with its type and job.
+def open_run(path: Path) -> tuple[Run, PolicyJob]:
+    """An existing run folder with its job.
 
-    Raises: ValueError if the folder is missing or holds no run.
+    Raises: ValueError if the folder is missing, holds no run, or holds one without a policy.
     """
     if not (path / "config.yaml").is_file():
         what = "is not a run folder (it has no config.yaml)" if path.is_dir() else "does not exist"
@@ -77,7 +83,9 @@ def open_run(path: Path) -> tuple[Run, str, Job]:
     from diffalign.train.run import Run
 
     job_type, job = load_job(path / "config.yaml", [])
-    return Run(path), job_type, job
+    if not isinstance(job, PolicyJob):
+        raise ValueError(f"{path} is a {job_type} run, which holds no policy: there is nothing to evaluate or sample")
+    return Run(path), job
 
 
 def refuse_other_config(path: Path, config_yaml: str) -> None:

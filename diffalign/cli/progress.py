@@ -9,18 +9,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+# The metrics worth a glance, best first; a page or a line shows them before all others.
 KEY_METRICS = (
     "success_rate",
-    "success",
-    "reward",
-    "reward_mean",
+    "rollout/success_rate",
     "reward/mean",
-    "return_mean",
+    "samples/verifiable",
+    "samples/jpeg_kb",
     "loss",
     "kl",
-    "approx_kl",
-    "clip_fraction",
-    "env_steps",
+    "ratio_drift",
 )
 
 

@@ -197,15 +197,15 @@ def _curves(records: Sequence[Mapping[str, Any]], heading: str, note: str) -> st
     names.sort(key=lambda name: KEY_METRICS.index(name) if name in KEY_METRICS else len(KEY_METRICS))
     drawn = []
     for name in names:
-        points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+        points = [(float(record["step"]), float(record[name])) for record in records if name in record]
         if points:
             drawn.append(figures.curve(points, name))
     if not drawn:
         return ""
     shown = f'<div class="curves">{"".join(drawn[:_MAX_CURVES])}</div>'
     if len(drawn) > _MAX_CURVES:
-        more = "".join(drawn[_MAX_CURVES:])
-        shown += f'<details><summary>{len(drawn) - _MAX_CURVES} more curves</summary><div class="curves">{more}</div></details>'
+        more = f'<div class="curves">{"".join(drawn[_MAX_CURVES:])}</div>'
+        shown += f"<details><summary>{len(drawn) - _MAX_CURVES} more curves</summary>{more}</details>"
     return _section(heading, note, shown)
 
 

@@ -7,7 +7,7 @@ every kernel is deterministic on the step that reaches sigma = 0 unless it has a
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from diffalign.diffusion.paths import Level
 from diffalign.spec import spec
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What the sampler and the transition likelihood need from a kernel."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+@runtime_checkable
 class Path(Protocol):
     """A noise path; specs below are the implementations."""
 

@@ -6,7 +6,7 @@ Legend: N rows, *E event axes, t in [0, 1] path time with 1 = noise.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A network, or a wrapper of networks (guidance, composition, reference): predicts from a noisy x.
 
@@ -36,6 +37,7 @@ class Decision:
     trajectory: DenoisingTrajectory | None
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What an environment or a prompt source needs."""
 
@@ -44,6 +46,7 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class ValueCritic(Protocol):
     """State value V(cond), one number per row."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,6 +46,7 @@ class Estimate:
     statistics: Statistics
 
 
+@runtime_checkable
 class AdvantageEstimator(Protocol):
     """A spec; `statistics` is what it returned last time (empty at first)."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,7 @@ class Scored:
     dims: int
 
 
+@runtime_checkable
 class ExampleSet(Protocol):
     """All rows of one rollout, lazily."""
 
@@ -57,6 +58,7 @@ class ExampleSet(Protocol):
     def decision(self) -> Int[Tensor, "R"]: ...
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """A spec that turns a rollout into scored rows."""
 

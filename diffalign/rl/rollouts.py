@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +53,7 @@ class Rollout:
                                      "Fix the reward or the environment; nothing was updated")
 
 
+@runtime_checkable
 class RolloutSource(Protocol):
     """An environment, a prompt set with rewards, or a learned model: collects with the current policy."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +29,7 @@ class SurrogateLoss:
     held_high: Bool[Tensor, "M"]
 
 
+@runtime_checkable
 class Surrogate(Protocol):
     """A spec: (policy's scores, rows) -> loss per row."""
 

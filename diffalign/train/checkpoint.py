@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ def save(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
     training, scalars = _pack_optimizer(state.optimizer)
     training |= {f"statistics.{name}": tensor for name, tensor in state.statistics.items()}
     training["generator"] = state.generator.get_state()
-    record: dict[str, Any] = {"step": state.step, "optimizer": scalars, "roles": sorted(state.modules)}
+    record: dict[str, Any] = {"step": state.step, "optimizer": scalars, "counters": state.counters}
     if state.ema is not None:
         training |= {f"ema.{name}": tensor for name, tensor in state.ema.weights.items()}
         record["ema_updates"] = state.ema.updates
@@ -75,6 +76,7 @@ def load(path: Path, state: TrainState) -> None:
         state.ema.updates = record["ema_updates"]
         for name, weight in state.ema.weights.items():
             weight.copy_(training[f"ema.{name}"])
+    state.counters = record["counters"]
     state.step = record["step"]
 
 
@@ -101,6 +103,12 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module], *, prefer_ema: bo
             for name, parameter in modules["policy"].named_parameters():
                 if f"ema.{name}" in training:
                     parameter.copy_(training[f"ema.{name}"])
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every stored module tensor by `role.name`, read from the header alone."""
+    with safe_open(path / "modules.safetensors", framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def _numbered(folder: Path) -> list[Path]:

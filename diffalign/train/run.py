@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +20,7 @@ Listener = Callable[[int, Mapping[str, float], str, int | None], None]
 _PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "gymnasium", "mujoco", "metaworld")
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A second place for metrics (TensorBoard, W&B)."""
 

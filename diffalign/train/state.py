@@ -23,7 +23,8 @@ class TrainState:
     """Modules, optimizer, EMA, running statistics, step count and the random generator.
 
     modules: by role, e.g. {"policy": ..., "critic": ...}; ema: the averaged copy of the "policy" module or None;
-    statistics: tensors of advantage estimators; step: finished iterations.
+    statistics: tensors of advantage estimators; counters: totals that a job keeps (environment steps, images); step:
+    finished iterations.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA | None,
@@ -32,6 +33,7 @@ class TrainState:
         self.optimizer = optimizer
         self.ema = ema
         self.statistics: dict[str, Tensor] = {}
+        self.counters: dict[str, float] = {}
         self.step = 0
         self.generator = generator
 
@@ -54,6 +56,11 @@ class TrainState:
         device = next(modules[next(iter(learning_rates))].parameters()).device
         ema = EMA(modules["policy"], ema_decay) if ema_decay is not None else None
         return cls(modules, optimizer, ema, torch.Generator(device).manual_seed(seed))
+
+    def count(self, name: str, amount: float) -> float:
+        """Add to a counter and return its total."""
+        self.counters[name] = self.counters.get(name, 0.0) + amount
+        return self.counters[name]
 
     @contextmanager
     def ema_modules(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -46,8 +47,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         most = len(scenes(self.split))
         if not 2 <= self.prompts <= most:
-            raise ValueError(f"prompts must lie in 2..{most} (captions of the {self.split} split; an interval needs two), "
-                             f"got {self.prompts}")
+            raise ValueError(f"prompts must lie in 2..{most} (captions of the {self.split} split; an interval "
+                             f"needs two), got {self.prompts}")
         if self.images_per_prompt < 1 or self.kl_images < 2:
             raise ValueError(f"need images_per_prompt >= 1 and kl_images >= 2, got {self.images_per_prompt} and "
                              f"{self.kl_images}")
@@ -109,7 +110,8 @@ def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler
 
 
 @torch.no_grad()
-def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions: Sequence[str], *, seed: int) -> Tensor:
+def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions: Sequence[str], *, seed: int
+            ) -> Float[Tensor, "N"]:
     """KL(policy || reference) of the whole chain in nats, one estimate per caption [N].
 
     Sum over the stochastic steps of the exact Gaussian KL at the states that the policy visits; its mean over
@@ -143,7 +145,8 @@ def save_grid(drawn: Drawn, target: Path, *, columns: int = 8) -> Path:
         corner = (i % columns) * (cell + 4), (i // columns) * (cell + text)
         enlarged = np.kron(pixels, np.ones((_ZOOM, _ZOOM, 1), dtype=np.uint8))
         sheet.paste(Image.fromarray(enlarged), corner)
-        pen.multiline_text((corner[0] + 1, corner[1] + cell + 1), _wrapped(caption), fill="black", font_size=10, spacing=1)
+        below = corner[0] + 1, corner[1] + cell + 1
+        pen.multiline_text(below, _wrapped(caption), fill="black", font_size=10, spacing=1)
     sheet.save(target)
     return target
 

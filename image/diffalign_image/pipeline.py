@@ -1,6 +1,7 @@
-"""The saved model as a diffusers pipeline: what is trained is what is exported."""
+"""The saved model as a diffusers pipeline: what is trained is what is exported.
 
-from __future__ import annotations
+No `from __future__ import annotations` here: diffusers reads the constructor's annotations at run time.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DConditionModel
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-from diffalign_image.model import EVENT, PATCH, TextUNet
+from diffalign_image.model import EVENT, TIME_SCALE, TextUNet
 from diffalign_image.rewards import to_bytes
 from diffalign_image.text import encode_captions
 
@@ -44,14 +44,12 @@ class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         cond = encode_captions(self.tokenizer, self.text_encoder, captions)
         if noise is None:
             noise = torch.randn(len(captions), *EVENT, generator=generator)
-        x = pixel_unshuffle(noise, PATCH)
+        denoiser, x = TextUNet(self.unet), noise
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps))
         for t in self.scheduler.timesteps:
-            velocity = self.unet(x, t.expand(len(captions)), encoder_hidden_states=cond["text"],
-                                 class_labels=cond["pooled"], return_dict=False)[0]
+            velocity = denoiser(x, t.expand(len(captions)) / TIME_SCALE, cond)
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
-        images = pixel_shuffle(x, PATCH)
-        return ImagePipelineOutput(images=images if output_type == "pt" else self.numpy_to_pil(to_bytes(images) / 255))
+        return ImagePipelineOutput(images=x if output_type == "pt" else self.numpy_to_pil(to_bytes(x) / 255))
 
 
 @dataclass(frozen=True)

@@ -97,5 +97,5 @@ AnyReward = Annotated[Jpeg | Verifiable | WeightedSum, Field(discriminator="type
 
 
 def measure(images: Float[Tensor, "N 3 32 32"], captions: Sequence[str]) -> dict[str, Float[Tensor, "N"]]:
-    """What every evaluation reports whatever was trained: the verifiable score and the JPEG size in kB at quality 95."""
+    """What every evaluation reports: the verifiable score and the JPEG size in kB at quality 95."""
     return {"verifiable": Verifiable()(images, captions), "jpeg_kb": jpeg_kb(images)}

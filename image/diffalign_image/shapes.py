@@ -61,8 +61,9 @@ class Scene:
 def scenes(split: Split) -> tuple[Scene, ...]:
     """All scenes of a split: two objects of different colors, 1,920 scenes of which about a fifth are held out."""
     colors = itertools.permutations(range(len(COLORS)), 2)
-    shapes = tuple(itertools.product(range(len(SHAPES)), repeat=2))
-    every = (Scene(c, s, r) for c, s, r in itertools.product(colors, shapes, range(len(RELATIONS))))
+    kinds = range(len(SHAPES))
+    every = (Scene((c1, c2), (s1, s2), relation) for (c1, c2), s1, s2, relation
+             in itertools.product(colors, kinds, kinds, range(len(RELATIONS))))
     return tuple(scene for scene in every if scene.held_out == (split == "held_out"))
 
 
@@ -78,9 +79,9 @@ def parse(caption: str) -> Scene:
     """
     scene = _by_caption().get(" ".join(caption.lower().split()))
     if scene is None:
-        raise ValueError(f"caption {caption!r} is not of the form 'a COLOR SHAPE RELATION a COLOR SHAPE' with two different "
-                         f"colors of {', '.join(COLORS)}; shapes {', '.join(SHAPES)}; relations {', '.join(RELATIONS)}; "
-                         "for example 'a red circle above a blue square'")
+        raise ValueError(f"caption {caption!r} is not of the form 'a COLOR SHAPE RELATION a COLOR SHAPE' with two "
+                         f"different colors of {', '.join(COLORS)}; shapes {', '.join(SHAPES)}; relations "
+                         f"{', '.join(RELATIONS)}; for example 'a red circle above a blue square'")
     return scene
 
 

@@ -24,8 +24,8 @@ from diffalign_image.text import encode_captions
 class PromptSource:
     """Draws P prompts, makes G images of each with the policy, rewards them.
 
-    captions and cond (one row per caption) are the prompts to train on, encoded once; a prompt's index is its identity for
-    running statistics.
+    captions and cond (one row per caption) are the prompts to train on, encoded once; a prompt's index is its
+    identity for running statistics.
 
     Raises: ValueError if an update would ask for more prompts than there are.
     """

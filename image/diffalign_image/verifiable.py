@@ -44,8 +44,8 @@ def read(images: Float[Tensor, "N 3 32 32"], scenes: Sequence[Scene]) -> Parts:
 
     Every pixel gets the nearest of the palette colors and gray, or none. The pixels of a stated color, all of them,
     are one object: templates of all shapes are rendered at the object's centroid and area, and overlaps
-    (intersection over union) compared. A color counts as present if its pixels form one compact object of plausible area;
-    a shape is right if its template overlaps well and better than the other shapes'; the relation needs both objects.
+    (intersection over union) compared. A color counts as present if its pixels form one compact object of plausible
+    area; a shape is right if its template overlaps well and better than the others; the relation needs both objects.
     Pixels of unstated colors or of none void the score gradually, from 5 % to 20 % of the image.
     """
     colors = torch.tensor([scene.colors for scene in scenes])

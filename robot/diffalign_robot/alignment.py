@@ -1,0 +1,136 @@
+"""The job that fine-tunes a cloned policy by reinforcement learning in its environment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from diffalign.algorithms import Algorithm
+from diffalign.choices import Kernel
+from diffalign.diffusion import DDPM, TrainedSteps
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import Denoiser
+from diffalign.rl.critics import ValueNet
+from diffalign.spec import spec
+from diffalign.train.on_policy import OnPolicy, optimize
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.supervised import Batch
+from diffalign_robot.choices import Environment
+from diffalign_robot.cloning import demonstration_batches
+from diffalign_robot.demos import Demonstrations
+from diffalign_robot.evaluate import Sampler, evaluate
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.runs import config_of, load_policy, require_same_shapes
+from diffalign_robot.source import EnvSource, chunk_denoiser
+from diffalign_robot.vector import ChunkVectorEnv
+
+
+@spec
+class Exploration:
+    """How rollouts sample: the kernel (its min_std explores) and the trained denoising steps."""
+
+    kernel: Kernel = DDPM(min_std=0.1)
+    trained: TrainedSteps = TrainedSteps()
+
+
+@spec
+class RobotAlign:
+    """RL fine-tuning of the policy in the run folder `base`, one episode per environment and iteration."""
+
+    type: Literal["robot_align"] = "robot_align"
+    base: str
+    environment: Environment
+    algorithm: Algorithm
+    exploration: Exploration = Exploration()
+    iterations: int = 40
+    num_envs: int = 50
+    workers: int = 2
+    reward_scale: float = 1.0
+    critic_hidden: tuple[int, ...] = (256, 256)
+    evaluation: Evaluation = Evaluation()
+    save_every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "num_envs", "workers", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.algorithm.compose()  # refuses pieces that do not fit
+
+    def train(self, run: Run) -> None:
+        """Evaluate, fine-tune with evaluations on the way, evaluate and film again."""
+        policy, pieces, state = self._build()
+        reference = cast(Denoiser, frozen_copy(state.modules["policy"])) if pieces.needs_reference else None
+        run.restore(state)
+        run.total = self.iterations
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        network = chunk_denoiser(policy)
+        require_same_shapes((env.obs_dim, env.action_dim),
+                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        if state.step == 0:
+            evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
+        loop = optimize(pieces, policy, EnvSource(env, self.reward_scale), state, reference=reference,
+                        demonstrations=self._demonstrations(pieces, policy))
+        while state.step < self.iterations:
+            iteration = next(loop)
+            total = state.count("env_steps", iteration.metrics["env_steps"])
+            run.log(iteration.step, {**iteration.metrics, "env_steps_total": total})
+            self._evaluate_if_due(run, policy, env, state)
+            if iteration.step % self.save_every == 0 or iteration.step == self.iterations:
+                run.save(state)
+        with state.ema_modules():
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
+        env.close()
+
+    def _evaluate_if_due(self, run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, state: TrainState) -> None:
+        last = state.step == self.iterations
+        if last or state.step % self.evaluation.every == 0:
+            with state.ema_modules():
+                evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=state.step,
+                                 name="after" if last else f"step_{state.step:06d}")
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+        """Success rate of the newest checkpoint."""
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
+                            sampler=sampler or self.evaluation.sampler)
+        finally:
+            env.close()
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Videos of the newest checkpoint."""
+        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+                             sampler=self.evaluation.sampler)
+
+    def _trained(self, run: Run) -> DiffusionPolicy:
+        return replace(load_policy(run.path), kernel=self.exploration.kernel)
+
+    def _build(self) -> tuple[DiffusionPolicy, OnPolicy, TrainState]:
+        pieces = self.algorithm.compose()
+        policy = replace(load_policy(Path(self.base)), kernel=self.exploration.kernel, trained=self.exploration.trained)
+        network = chunk_denoiser(policy)
+        modules: dict[str, torch.nn.Module] = {"policy": network}
+        plan = pieces.optimization
+        rates = {"policy": plan.learning_rate}
+        if pieces.needs_critic:
+            rates["critic"] = plan.critic_learning_rate
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                features = len(network.observation_normalizer.shift)
+                modules["critic"] = ValueNet(features, self.critic_hidden, normalizer=network.observation_normalizer)
+        state = TrainState.create(modules, rates, weight_decay=plan.weight_decay, ema_decay=plan.ema_decay, seed=self.seed)
+        return policy, pieces, state
+
+    def _demonstrations(self, pieces: OnPolicy, policy: DiffusionPolicy) -> Batch | None:
+        if not pieces.behavior_cloning:
+            return None
+        data = Demonstrations.load(Path(str(config_of(Path(self.base), "diffalign train")["base"])))
+        obs, action = data.windows(policy.event[0])
+        return demonstration_batches(obs, chunk_denoiser(policy).action_normalizer.normalize(action), 256)

@@ -1,0 +1,101 @@
+"""The job that clones demonstrations into a chunked diffusion policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.normalize import Normalizer
+from diffalign.spec import spec
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState
+from diffalign.train.supervised import Batch, Pretraining, fit
+from diffalign_robot.choices import ChunkMLP, Environment
+from diffalign_robot.demos import Demonstrations
+from diffalign_robot.evaluate import Sampler, evaluate
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.runs import build_policy, load_policy, require_same_shapes
+from diffalign_robot.vector import ChunkVectorEnv
+
+
+@spec
+class RobotBC:
+    """Behaviour cloning of a chunked diffusion policy from the demonstrations in the run folder `base`."""
+
+    type: Literal["robot_bc"] = "robot_bc"
+    base: str
+    environment: Environment
+    network: ChunkMLP = ChunkMLP()
+    chunk: int = 4
+    denoising_steps: int = 10
+    pretraining: Pretraining = Pretraining(steps=2500, time="grid")
+    evaluation: Evaluation = Evaluation()
+    num_envs: int = 50
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "denoising_steps", "num_envs", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def train(self, run: Run) -> None:
+        """Fit, save every 500 steps, evaluate the averaged weights at the end."""
+        data = Demonstrations.load(Path(self.base))
+        policy, batch = self._build(data)
+        module = policy.denoiser
+        assert isinstance(module, torch.nn.Module)
+        plan = self.pretraining
+        state = TrainState.create({"policy": module}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
+                                  ema_decay=plan.ema_decay, seed=self.seed)
+        run.restore(state)
+        run.total = plan.steps
+        for iteration in fit(plan, policy, batch, state):
+            if iteration.step % 50 == 0 or iteration.step == plan.steps:
+                run.log(iteration.step, iteration.metrics)
+            if iteration.step % 500 == 0 or iteration.step == plan.steps:
+                run.save(state)
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        require_same_shapes((env.obs_dim, env.action_dim), (data.obs.shape[1], data.action.shape[1]), self.environment)
+        with state.ema_modules():
+            evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=state.step, name="after")
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
+        env.close()
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+        """Success rate of the newest checkpoint."""
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            return evaluate(load_policy(run.path), env, seed=seed, episodes=episodes or self.evaluation.episodes,
+                            sampler=sampler or self.evaluation.sampler)
+        finally:
+            env.close()
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Videos of the newest checkpoint."""
+        return sample_videos(load_policy(run.path), self.environment, out, seed=seed, count=count,
+                             sampler=self.evaluation.sampler)
+
+    def _build(self, data: Demonstrations) -> tuple[DiffusionPolicy, Batch]:
+        """An untrained policy with the data's normalizers, and its batches of normalized chunks."""
+        obs, action = data.windows(self.chunk)
+        normalizers = Normalizer.fit(data.obs), Normalizer.fit(data.action, "limits")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            policy = build_policy(self.network, self.chunk, obs.shape[1], action.shape[2], self.denoising_steps,
+                                  normalizers=normalizers)
+        return policy, demonstration_batches(obs, normalizers[1].normalize(action), self.pretraining.batch_size)
+
+
+def demonstration_batches(obs: torch.Tensor, chunks: torch.Tensor, size: int) -> Batch:
+    """Random batches of (normalized chunk, observation), with replacement."""
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        index = torch.randint(len(obs), (size,), generator=generator)
+        return chunks[index], {"obs": obs[index]}
+
+    return batch

@@ -1,0 +1,46 @@
+"""The job that makes demonstrations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from diffalign.spec import spec
+from diffalign.train.run import Run
+from diffalign.train.statistics import wilson
+from diffalign_robot.choices import Environment
+from diffalign_robot.demos import collect, join, scripted_expert
+from diffalign_robot.runs import packages
+
+
+@spec
+class RobotCollect:
+    """Noisy demonstrations by a scripted expert: demonstrations.safetensors in the run folder."""
+
+    type: Literal["robot_collect"] = "robot_collect"
+    environment: Environment
+    episodes: int = 50
+    action_noise: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if not self.action_noise >= 0:
+            raise ValueError(f"action_noise must be at least 0, got {self.action_noise}")
+
+    def train(self, run: Run) -> None:
+        """Collect and save; a finished folder is left as it is."""
+        if (run.path / "demonstrations.json").is_file():
+            return
+        (run.path / "metrics.jsonl").unlink(missing_ok=True)
+        run.total = self.episodes
+        seeds = [1_000_000 * (self.seed + 1) + i for i in range(self.episodes)]
+        episodes = []
+        for obs, action, success in collect(self.environment, scripted_expert(self.environment), seeds=seeds,
+                                            action_noise=self.action_noise, noise_seed=self.seed):
+            episodes.append((obs, action, success))
+            run.log(len(episodes), {"success": float(success), "length": float(len(obs))})
+        won = sum(success for _, _, success in episodes)
+        metadata = {"environment": self.environment.__dict__, "seeds": [seeds[0], seeds[-1]], "packages": packages(),
+                    "success_rate": won / len(episodes), "interval": list(wilson(won, len(episodes)))}
+        join(episodes).save(run.path, metadata)

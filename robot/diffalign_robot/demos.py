@@ -1,0 +1,115 @@
+"""Demonstrations: collected from a scripted expert, kept as safetensors, sampled as chunks.
+
+Legend: T steps over all episodes, Do observation features, Da action features, Ta actions of a chunk, N windows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffalign_robot.choices import Environment, MetaWorld
+from diffalign_robot.envs import Array, make
+
+Expert = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Episodes laid end to end; `lengths` says where each ends. Actions are as executed (after clipping)."""
+
+    obs: Float[Tensor, "T Do"]
+    action: Float[Tensor, "T Da"]
+    lengths: Int[Tensor, "E"]
+    success: Int[Tensor, "E"]
+
+    def save(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Write demonstrations.safetensors and demonstrations.json into the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"obs": self.obs, "action": self.action, "lengths": self.lengths, "success": self.success}
+        save_file(tensors, folder / "demonstrations.safetensors")
+        (folder / "demonstrations.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Demonstrations:
+        """Read what `save` wrote. Raises: ValueError naming the command that makes them if they are missing."""
+        file = folder / "demonstrations.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no demonstrations; make them with "
+                             f"`diffalign train configs/robot/pick_place_collect.yaml --run {folder}`")
+        return cls(**load_file(file))
+
+    def windows(self, chunk: int) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
+        """Every (observation, the chunk of actions that followed it) that lies inside one episode.
+
+        The last chunk - 1 observations of an episode start no window: nothing is padded past its end.
+
+        Raises: ValueError if no episode is as long as a chunk.
+        """
+        starts = torch.cat([torch.arange(end - length, end - chunk + 1) for length, end
+                            in zip(self.lengths.tolist(), self.lengths.cumsum(0).tolist())])
+        if len(starts) == 0:
+            raise ValueError(f"no demonstration is as long as a chunk of {chunk} (longest: {int(self.lengths.max())})")
+        return self.obs[starts], self.action[starts[:, None] + torch.arange(chunk)]
+
+
+def scripted_expert(spec: Environment) -> Callable[[], Expert]:
+    """A factory of Meta-World's scripted policy for the spec's task.
+
+    Raises: ValueError where no expert is known.
+    """
+    if not isinstance(spec, MetaWorld):
+        raise ValueError(f"scripted experts exist for Meta-World only, got environment type {spec.type!r}")
+    from metaworld.policies import ENV_POLICY_MAP
+
+    if spec.task not in ENV_POLICY_MAP:
+        close = difflib.get_close_matches(spec.task, ENV_POLICY_MAP, n=1)
+        raise ValueError(f"no scripted expert for {spec.task!r}; did you mean {close}?")
+    policy = ENV_POLICY_MAP[spec.task]
+
+    def build() -> Expert:
+        expert = policy()
+        return lambda obs: np.asarray(expert.get_action(obs.astype(np.float64)), np.float32)
+
+    return build
+
+
+def collect(spec: Environment, expert: Callable[[], Expert], *, seeds: list[int], action_noise: float,
+            noise_seed: int) -> Iterator[tuple[Array, Array, bool]]:
+    """One episode (obs [T, Do], action [T, Da], success) per seed, with Gaussian noise on every expert action."""
+    rng = np.random.default_rng(noise_seed)
+    simulator = make(spec)
+    for seed in seeds:
+        act = expert()
+        simulator.reset(seed)
+        observations, actions, success = [], [], False
+        while True:
+            obs = simulator.observe()
+            noise = action_noise * rng.standard_normal(simulator.action_dim).astype(np.float32)
+            action = np.clip(act(obs) + noise, simulator.action_low, simulator.action_high).astype(np.float32)
+            step = simulator.advance(action)
+            observations.append(obs)
+            actions.append(action)
+            success = success or step.success
+            if step.terminated or step.truncated:
+                break
+        yield np.stack(observations), np.stack(actions), success
+    simulator.close()
+
+
+def join(episodes: list[tuple[Array, Array, bool]]) -> Demonstrations:
+    """Demonstrations from single episodes."""
+    return Demonstrations(torch.from_numpy(np.concatenate([obs for obs, _, _ in episodes])),
+                          torch.from_numpy(np.concatenate([action for _, action, _ in episodes])),
+                          torch.tensor([len(obs) for obs, _, _ in episodes]),
+                          torch.tensor([int(success) for _, _, success in episodes]))

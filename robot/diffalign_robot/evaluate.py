@@ -1,0 +1,107 @@
+"""Success rates with confidence intervals, and videos.
+
+Legend: B environments, N episodes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.diffusion import DDIM, DDPM, ODE, Kernel
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.train.statistics import mean_interval, wilson
+from diffalign_robot.choices import Environment
+from diffalign_robot.source import chunk_denoiser
+from diffalign_robot.vector import ChunkVectorEnv
+
+Sampler = Literal["stochastic", "zero_noise", "ode"]
+
+
+def evaluation_policy(policy: DiffusionPolicy, sampler: Sampler) -> DiffusionPolicy:
+    """The policy as it is evaluated: without exploration floors, stochastic, from zero noise, or by the ODE."""
+    if sampler == "stochastic":
+        return policy.with_sampler(_without_floor(policy.kernel))
+    return policy.with_sampler(ODE(), zero_noise=sampler == "zero_noise")
+
+
+def _without_floor(kernel: Kernel) -> Kernel:
+    if isinstance(kernel, DDPM):
+        return DDPM()
+    return DDIM(eta=kernel.eta) if isinstance(kernel, DDIM) else kernel
+
+
+def seeds_for(seed: int, episodes: int) -> list[int]:
+    """Episode seeds of an evaluation: 2^31 + 10^6 seed + i, never those of training (below 2^31)."""
+    return [2**31 + 1_000_000 * seed + i for i in range(episodes)]
+
+
+def evaluate(policy: DiffusionPolicy, env: ChunkVectorEnv, *, seed: int, episodes: int, sampler: Sampler
+             ) -> dict[str, Any]:
+    """success_rate with its Wilson interval and the mean return with its t interval, over episodes by seed.
+
+    Raises: ValueError for fewer than two episodes.
+    """
+    if episodes < 2:
+        raise ValueError(f"an interval needs at least two episodes, got {episodes}")
+    acting = evaluation_policy(policy, sampler)
+    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+    generator = torch.Generator().manual_seed(seed)
+    seeds, success, returns, executed = seeds_for(seed, episodes), [], [], 0
+    for first in range(0, episodes, env.count):
+        wave = seeds[first : first + env.count]
+        obs = env.reset(wave + wave[-1:] * (env.count - len(wave)))
+        won = torch.zeros(env.count, dtype=torch.bool)
+        total = torch.zeros(env.count)
+        alive = torch.ones(env.count, dtype=torch.bool)
+        alive[len(wave) :] = False
+        while bool(alive.any()):
+            decision = acting.act({"obs": torch.from_numpy(obs)}, generator=generator)
+            step = env.step(unnormalize(decision.action).numpy())
+            obs = step.obs
+            won |= torch.from_numpy(step.success)
+            total += torch.from_numpy(step.reward)
+            executed += int(step.executed[: len(wave)].sum())
+            alive &= ~torch.from_numpy(step.terminated | step.truncated)
+        success += won[: len(wave)].tolist()
+        returns += total[: len(wave)].tolist()
+    mean, low, high = mean_interval(returns)
+    return {"success_rate": sum(success) / episodes, "interval": list(wilson(sum(success), episodes)),
+            "episodes": episodes, "seed": seed, "sampler": describe(acting, sampler), "return_mean": mean,
+            "return_interval": [low, high], "env_steps": executed}
+
+
+def describe(policy: DiffusionPolicy, sampler: Sampler) -> str:
+    """For example "ddpm (10 steps, stochastic)"."""
+    kernel: Any = policy.kernel
+    return f"{kernel.type} ({policy.schedule.steps} steps, {sampler.replace('_', ' ')})"
+
+
+def record(policy: DiffusionPolicy, spec: Environment, out: Path, *, seed: int, count: int, sampler: Sampler
+           ) -> Path:
+    """An MP4 of `count` episodes one after the other, at 40 frames a second (twice real time for Meta-World)."""
+    import imageio.v2 as imageio
+
+    acting = evaluation_policy(policy, sampler)
+    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+    generator = torch.Generator().manual_seed(seed)
+    env = ChunkVectorEnv(spec, 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with imageio.get_writer(out, fps=40, macro_block_size=8, codec="libx264") as film:
+        for episode_seed in seeds_for(seed, count):
+            obs = env.reset([episode_seed])
+            film.append_data(env.frame(0))
+            over = False
+            while not over:
+                chunk = unnormalize(acting.act({"obs": torch.from_numpy(obs)}, generator=generator).action)
+                for action in chunk.unbind(1):  # one action at a time, to see every step
+                    step = env.step(action[:, None].numpy())
+                    film.append_data(env.frame(0))
+                    over = bool(step.terminated[0] or step.truncated[0])
+                    if over:
+                        break
+                obs = step.obs
+    env.close()
+    return out

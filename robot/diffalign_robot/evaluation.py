@@ -1,0 +1,55 @@
+"""What every robot job with a policy shares: how it evaluates and films itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.spec import spec
+from diffalign.train.run import Run
+from diffalign_robot.choices import Environment, MetaWorld
+from diffalign_robot.evaluate import Sampler, evaluate, record
+from diffalign_robot.vector import ChunkVectorEnv
+
+
+@spec
+class Evaluation:
+    """Episodes per evaluation, how actions are sampled, every how many iterations, and how many episodes to film.
+
+    sampler: `stochastic` = the policy's own chain without exploration floors, `zero_noise` = ODE from x = 0, `ode`.
+    """
+
+    episodes: int = 100
+    sampler: Sampler = "stochastic"
+    every: int = 10
+    videos: int = 3
+
+    def __post_init__(self) -> None:
+        if self.episodes < 2 or self.every < 1 or self.videos < 0:
+            raise ValueError(f"need episodes >= 2, every >= 1, videos >= 0; got {self.episodes}, {self.every}, {self.videos}")
+
+
+def evaluate_and_log(run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,
+                     name: str) -> dict[str, Any]:
+    """Evaluate, append an eval line to the log and write evaluations/<name>.json."""
+    result = evaluate(policy, env, seed=seed, episodes=plan.episodes, sampler=plan.sampler)
+    low, high = result["interval"]
+    run.log(step, {"success_rate": result["success_rate"], "success_low": low, "success_high": high,
+                   "return": result["return_mean"]}, phase="eval")
+    run.write_json(f"evaluations/{name}.json", {**result, "step": step})
+    return result
+
+
+def film(run: Run, policy: DiffusionPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str) -> None:
+    """Write videos/<name>.mp4 where the environment can be rendered."""
+    if plan.videos and isinstance(environment, MetaWorld):
+        record(policy, environment, run.folder("videos") / f"{name}.mp4", seed=seed, count=plan.videos,
+               sampler=plan.sampler)
+
+
+def sample_videos(policy: DiffusionPolicy, environment: Environment, out: Path, *, seed: int, count: int,
+                  sampler: Sampler) -> list[Path]:
+    """One video per episode seed, out/episode_<i>.mp4."""
+    return [record(policy, environment, out / f"episode_{i}.mp4", seed=seed + i, count=1, sampler=sampler)
+            for i in range(count)]

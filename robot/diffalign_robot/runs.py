@@ -1,0 +1,75 @@
+"""Policies read from run folders."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.diffusion import DDPM, Schedule, VPPath
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.normalize import Normalizer
+from diffalign.train import checkpoint
+from diffalign_robot.choices import ChunkMLP, Environment
+from diffalign_robot.networks import ChunkDenoiser
+
+
+def newest_checkpoint(folder: Path, command: str) -> Path:
+    """The newest checkpoint of a run. Raises: ValueError naming the command that makes the run."""
+    found = checkpoint.latest(folder / "checkpoints")
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint; make it with `{command} --run {folder}`")
+    return found
+
+
+def config_of(folder: Path, command: str) -> dict[str, Any]:
+    """The resolved config of a run. Raises: ValueError naming the command that makes the run."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no run folder (it has no config.yaml); make it with `{command} --run {folder}`")
+    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    return config
+
+
+def build_policy(network: ChunkMLP, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
+                 normalizers: tuple[Normalizer, Normalizer] | None = None) -> DiffusionPolicy:
+    """A chunk policy on a K-step cosine DDPM; clip_x0 1, because chunks are normalized to [-1, 1] (DPPO)."""
+    observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
+    denoiser = ChunkDenoiser(network, chunk, observations, actions)
+    return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), Schedule(steps=denoising_steps),
+                           (chunk, action_dim), clip_x0=1.0)
+
+
+def require_same_shapes(env_dims: tuple[int, int], policy_dims: tuple[int, int], environment: Environment) -> None:
+    """Raises: ValueError if a policy was trained for another environment."""
+    if env_dims != policy_dims:
+        raise ValueError(f"the policy was trained for {policy_dims[0]} observation and {policy_dims[1]} action features, "
+                         f"but {environment} has {env_dims[0]} and {env_dims[1]}; choose the matching base or environment")
+
+
+def packages() -> dict[str, str]:
+    """Versions that decide what a simulation does, recorded beside data sets."""
+    return {name: version(name) for name in ("mujoco", "metaworld", "gymnasium", "numpy")}
+
+
+def load_policy(folder: Path) -> DiffusionPolicy:
+    """The averaged policy of a robot_bc run, or of a robot_align run (whose network is that of its base run).
+
+    The checkpoint holds the normalizers, so the result acts on raw observations and decodes to robot units.
+    """
+    config = config_of(folder, "diffalign train configs/robot/pick_place_bc.yaml")
+    found = newest_checkpoint(folder, "diffalign train configs/robot/pick_place_bc.yaml")
+    architecture = config
+    while architecture["type"] == "robot_align":
+        architecture = config_of(Path(architecture["base"]), "diffalign train configs/robot/pick_place_bc.yaml")
+    if architecture["type"] != "robot_bc":
+        raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc or robot_align run")
+    shapes = checkpoint.shapes(found)
+    obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
+    network = ChunkMLP(**{key: value for key, value in architecture["network"].items()})
+    policy = build_policy(network, architecture["chunk"], obs_dim, action_dim, architecture["denoising_steps"])
+    denoiser: Any = policy.denoiser
+    checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)
+    return policy

@@ -1,0 +1,268 @@
+"""The diffusers model, its pipeline folder, the prompt source, and both image jobs from end to end on tiny settings."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffalign_image import pipeline
+from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
+from diffalign_image.jobs import ImageAlign, ImagePretrain
+from diffalign_image.model import EVENT, ShapesModel, build
+from diffalign_image.pipeline import Parts, ShapesPipeline
+from diffalign_image.rewards import Jpeg, Verifiable
+from diffalign_image.shapes import parse
+from diffalign_image.source import training_prompts
+from diffalign_image.text import encode_captions
+
+from diffalign import config
+from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
+from diffalign.diffusion import CPS, ODE, FlowPath, Schedule
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.rl.surrogates import PPOClip
+from diffalign.train.on_policy import Optimization
+from diffalign.train.run import Run
+from diffalign.train.supervised import Pretraining
+
+TINY = ShapesModel(channels=(8, 16), text_channels=32, text_layers=1)
+QUICK = Evaluation(prompts=3, images_per_prompt=2, kl_images=2)
+CAPTIONS = ["a red circle above a blue square", "a cyan cross left of a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    joint, tokenizer = build(TINY, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # an untrained diffusers U-Net is not zero, but make the conditioning matter
+        for parameter in joint.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return Parts(joint.denoiser.eval(), joint.text_encoder.eval(), tokenizer)
+
+
+def policy_of(parts: Parts, steps: int = 4, shift: float = 1.0) -> DiffusionPolicy:
+    return DiffusionPolicy(parts.denoiser, FlowPath(), CPS(noise_level=0.7), Schedule(steps=steps, shift=shift), EVENT)
+
+
+def pretraining_job(steps: int = 3) -> ImagePretrain:
+    return ImagePretrain(model=TINY, pretraining=Pretraining(steps=steps, batch_size=4, warmup_steps=1),
+                         schedule=Schedule(steps=3), evaluation=QUICK, log_every=1, checkpoint_every=2)
+
+
+def alignment_job(base: Path, iterations: int, **changes: object) -> ImageAlign:
+    plan = Optimization(learning_rate=1e-3, minibatches=2, microbatch_rows=8, ema_decay=0.5)
+    job = ImageAlign(base=str(base), reward=Jpeg(), schedule=Schedule(steps=3), prompts_per_update=2,
+                     images_per_prompt=3, iterations=iterations, evaluation=QUICK, evaluate_every=1, checkpoint_every=1,
+                     algorithm=FlowGRPO(surrogate=PPOClip(low=0.5, high=0.5), reference_kl=0.01, optimization=plan))
+    return replace(job, **changes)
+
+
+def start(path: Path, job: ImagePretrain | ImageAlign, *, resume: bool = False) -> Run:
+    run = Run.create(path, config.dump(job), resume=resume)
+    job.train(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(tmp_path_factory.mktemp("image") / "base", pretraining_job()).path
+
+
+def lines(path: Path, phase: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["phase"] == phase]
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_saved_pipeline_draws_what_the_core_draws(parts: Parts, tmp_path: Path, shift: float) -> None:
+    policy = policy_of(parts, steps=5, shift=shift).with_sampler(ODE())
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, CAPTIONS)
+    noise = torch.randn(2, *EVENT, generator=torch.Generator().manual_seed(7))
+    expected = policy.act(cond, generator=torch.Generator().manual_seed(7)).action
+    folder = pipeline.save(parts, tmp_path / "pipeline", shift=shift)
+    names = {"model_index.json", "unet", "text_encoder", "tokenizer", "scheduler"}
+    assert names <= {path.name for path in folder.iterdir()}
+    loaded = ShapesPipeline.from_pretrained(folder)
+    images = loaded(CAPTIONS, num_inference_steps=5, noise=noise, output_type="pt").images
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    pictures = loaded(CAPTIONS[0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert pictures[0].size == (32, 32)
+    with pytest.raises(ValueError, match="unknown words"):
+        loaded("a red elephant")
+    with pytest.raises(ValueError, match="output_type must be"):
+        loaded(CAPTIONS[0], output_type="latent")
+
+
+def test_conditioning_reaches_the_velocity_through_both_ways(parts: Parts) -> None:
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, CAPTIONS)
+    x, t = torch.zeros(2, *EVENT), torch.tensor([0.5, 0.5])
+    both = parts.denoiser(x, t, cond)
+    for leaf in ("text", "pooled"):
+        changed = parts.denoiser(x, t, {**cond, leaf: cond[leaf].flip(0)})
+        assert (both - changed).abs().max() > 1e-4
+    assert (both - parts.denoiser(x, torch.tensor([0.9, 0.9]), cond)).abs().max() > 1e-4
+
+
+def test_building_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, _ = build(TINY, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+    same, other = build(TINY, seed=0)[0], build(TINY, seed=1)[0]
+    weights = [next(m.denoiser.parameters()) for m in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_source_groups_by_prompt_and_repeats_with_its_generator(parts: Parts) -> None:
+    source = training_prompts(parts, Verifiable(), prompts=3, images_per_prompt=2)
+    assert not any(parse(caption).held_out for caption in source.captions)
+    policy = policy_of(parts)
+
+    def rollout(seed: int):  # type: ignore[no-untyped-def]
+        return source.collect(policy, generator=torch.Generator().manual_seed(seed))
+
+    one, same = rollout(0), rollout(0)
+    assert one.reward.shape == (1, 6)
+    assert torch.equal(one.trajectory.x, same.trajectory.x)
+    assert one.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(set(one.prompt.tolist())) == 3
+    assert torch.equal(one.prompt[::2], one.prompt[1::2])
+    assert torch.equal(one.trajectory.cond["pooled"], source.cond["pooled"][one.prompt])
+    captions = [source.captions[i] for i in one.prompt.tolist()]
+    torch.testing.assert_close(one.reward[0], Verifiable()(one.trajectory.sample.clamp(-1, 1), captions))
+    assert set(one.stats) == {"samples/verifiable", "samples/jpeg_kb"}
+    assert one.terminated.all()
+    with pytest.raises(ValueError, match="prompts_per_update must lie in"):
+        replace(source, prompts=10**6)
+
+
+def test_path_kl_is_zero_at_the_reference_and_the_sum_of_step_kls_elsewhere(parts: Parts) -> None:
+    policy = policy_of(parts, steps=3)
+    assert path_kl(policy, parts.denoiser, parts, CAPTIONS, seed=0).abs().max() == 0
+
+    class Shifted(torch.nn.Module):
+        prediction = "flow"
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+            return parts.denoiser(x, t, cond) + 0.01
+
+    found = path_kl(policy, Shifted(), parts, CAPTIONS, seed=0)
+    # v + d moves x0 by -t d and eps by (1 - t) d: mean' - mean = (t' cos (1 - t) - (1 - t') t) d, std = t' sin
+    angle = torch.tensor(0.7 * torch.pi / 2)
+    times = policy.schedule.times()
+    t, t_next = times[:2], times[1:3]
+    gap = (t_next * angle.cos() * (1 - t) - (1 - t_next) * t) * 0.01
+    expected = (3072 * gap**2 / (2 * (t_next * angle.sin()) ** 2)).sum()
+    torch.testing.assert_close(found, expected.expand(2), rtol=2e-3, atol=0)
+
+
+def test_evaluation_states_what_it_is_and_holds_out_captions(parts: Parts) -> None:
+    result = evaluate(policy_of(parts), parts, QUICK, reference=parts.denoiser)
+    assert set(result["rewards"]) == {"verifiable", "jpeg_kb"}
+    low, high = result["rewards"]["jpeg_kb"]["interval"]
+    assert low < result["rewards"]["jpeg_kb"]["mean"] < high
+    assert (result["split"], result["prompts"], result["images"], result["seed"]) == ("held_out", 3, 6, 1000)
+    assert result["sampler"] == "ode(4 steps, shift 1, deterministic)"
+    assert result["kl_nats"] == 0
+    assert result["kl_sampler"].startswith("cps(")
+    assert all(parse(caption).held_out for caption in pick_captions(QUICK))
+    assert not any(parse(caption).held_out for caption in pick_captions(replace(QUICK, split="train")))
+    stochastic = evaluate(policy_of(parts), parts, QUICK, sampler="stochastic")
+    assert "stochastic" in stochastic["sampler"]
+    assert "kl_nats" not in stochastic
+    for wrong in ({"prompts": 1}, {"prompts": 10**4}, {"images_per_prompt": 0}, {"kl_images": 1}):
+        with pytest.raises(ValueError, match="got"):
+            replace(QUICK, **wrong)
+
+
+def test_drawing_repeats_and_does_not_depend_on_other_captions(parts: Parts) -> None:
+    policy = policy_of(parts).with_sampler(ODE())
+    one = draw(policy, parts, CAPTIONS, seed=3).images
+    assert torch.equal(one, draw(policy, parts, CAPTIONS, seed=3).images)
+    assert not torch.equal(one, draw(policy, parts, CAPTIONS, seed=4).images)
+
+
+def test_pretraining_writes_a_complete_run_and_resumes_to_the_same_weights(base: Path, tmp_path: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "environment.json", "evaluations", "samples", "pipeline"} <= {
+        path.name for path in base.iterdir()}
+    assert [record["step"] for record in lines(base, "train")] == [1, 2, 3]
+    assert json.loads((base / "evaluations" / "after.json").read_text())["step"] == 3
+
+    class Killed(Exception):
+        pass
+
+    def stop(step: int, metrics: object, phase: str, total: int | None) -> None:
+        if step == 3:
+            raise Killed
+
+    job, path = pretraining_job(), tmp_path / "killed"
+    with pytest.raises(Killed):
+        job.train(Run.create(path, config.dump(job), resume=False, listener=stop))
+    start(path, job, resume=True)
+    finished, resumed = pipeline.load(str(base)), pipeline.load(str(path))
+    for one, other in zip(finished.denoiser.parameters(), resumed.denoiser.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert lines(path, "train") == lines(base, "train")
+
+
+def test_alignment_moves_the_model_reports_kl_and_resumes_exactly(base: Path, tmp_path: Path) -> None:
+    job = alignment_job(base, 2)
+    path = start(tmp_path / "whole", job).path
+    before, after = (json.loads((path / "evaluations" / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["kl_nats"] == 0
+    assert after["kl_nats"] > 0
+    assert (before["step"], after["step"]) == (0, 2)
+    assert {path.name for path in (path / "samples").iterdir()} == {"before.png", "after.png", "step_000001.png"}
+    assert [record["step"] for record in lines(path, "eval")] == [0, 1, 2]
+    assert all(record["ratio_drift"] < 1e-2 for record in lines(path, "train"))
+
+    class Killed(Exception):
+        pass
+
+    def stop(step: int, metrics: object, phase: str, total: int | None) -> None:
+        if step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        job.train(Run.create(tmp_path / "killed", config.dump(job), resume=False, listener=stop))
+    resumed = start(tmp_path / "killed", job, resume=True).path
+    assert lines(resumed, "train") == lines(path, "train")
+    again = json.loads((resumed / "evaluations" / "after.json").read_text())
+    assert again == after
+    later = job.evaluate(Run(path), seed=QUICK.seed, episodes=None, sampler=None)
+    assert {**later, "step": 2} == after
+    pictures = job.sample(Run(path), tmp_path, seed=0, count=3)
+    assert [picture.name for picture in pictures] == ["before.png", "after.png"]
+    fewer = job.evaluate(Run(path), seed=1, episodes=4, sampler="stochastic")
+    assert (fewer["prompts"], fewer["images"], fewer["seed"]) == (2, 4, 1)
+
+
+@pytest.mark.parametrize("algorithm", [DDPO(), AWM()])
+def test_other_algorithms_run_on_images(base: Path, tmp_path: Path, algorithm: DDPO | AWM) -> None:
+    path = start(tmp_path / "run", alignment_job(base, 1, algorithm=algorithm, evaluate_every=None)).path
+    assert len(lines(path, "train")) == 1
+    assert json.loads((path / "evaluations" / "after.json").read_text())["kl_nats"] > 0
+
+
+def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a value critic"):
+        alignment_job(base, 1, algorithm=DPPO())
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        alignment_job(base, 0)
+    with pytest.raises(ValueError, match="evaluate_every must be at least 1"):
+        alignment_job(base, 1, evaluate_every=0)
+    with pytest.raises(ValueError, match=r"diffalign train configs/image/shapes_pretrain\.yaml --run"):
+        start(tmp_path / "a", alignment_job(tmp_path / "missing", 1))
+    with pytest.raises(ValueError, match="deterministic and has no transition density"):
+        start(tmp_path / "b", alignment_job(base, 1, kernel=ODE()))
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        alignment_job(base, 1).evaluate(Run(tmp_path / "empty"), seed=0, episodes=None, sampler=None)
+    with pytest.raises(ValueError, match="sampler must be"):
+        alignment_job(base, 1).evaluate(Run(base), seed=0, episodes=None, sampler="zero_noise")
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ShapesModel(channels=(12,))
+    with pytest.raises(ValueError, match="needs images divisible by"):
+        ShapesModel(patch=5)

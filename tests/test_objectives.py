@@ -1,0 +1,195 @@
+"""Likelihoods, regularizers, and what every surrogate's gradient is at the start of an update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import MLPDenoiser, toy_policy
+
+from diffalign.diffusion import DDPM, ODE, FlowSDE, TrainedSteps, VPPath
+from diffalign.policy.normalize import Normalizer
+from diffalign.rl.critics import ValueNet
+from diffalign.rl.likelihoods import Matching, Transition
+from diffalign.rl.regularizers import reference_kl, velocity_mse
+from diffalign.rl.surrogates import DivergenceGate, PPOClip, SimplePO
+from diffalign.train.state import frozen_copy
+
+D = 3
+ADVANTAGE = torch.tensor([1.5, -0.7, 0.2, -2.0, 0.0])
+COND = {"obs": torch.linspace(-1, 1, 5)[:, None]}
+SURROGATES = [kind(unit=unit) for kind in (PPOClip, SimplePO, DivergenceGate) for unit in ("nats", "per_dim")]
+SURROGATES += [PPOClip(low=1e-4, high=2e-4, unit="per_dim"), PPOClip(low=0.1, high=0.2, dual=2.0, step_start=0.1)]
+
+
+def rollout(kernel=None, prediction="flow", likelihood=None, steps=4, **options):
+    """(policy, all rows, example set) of five decisions of three numbers."""
+    policy = toy_policy(MLPDenoiser(event=D, prediction=prediction), kernel or FlowSDE(), event=(D,), steps=steps,
+                        **options)
+    draw = torch.Generator().manual_seed(0)
+    trajectory = policy.act(COND, generator=draw).trajectory
+    examples = (likelihood or Transition()).examples(policy, trajectory, ADVANTAGE, generator=draw)
+    return policy, examples.rows(torch.arange(len(examples))), examples
+
+
+def gradient_of(loss, policy):
+    grads = torch.autograd.grad(loss, list(policy.denoiser.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+@pytest.mark.parametrize("likelihood", [Transition(), Transition(denoising_discount=0.7), Matching(draws=3)], ids=repr)
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_ratio_is_one_and_the_gradient_is_the_policy_gradient(surrogate, likelihood):
+    """At theta = theta_old every surrogate in every unit has gradient -A grad log p, row by row."""
+    if surrogate.needs_density and not likelihood.has_density:
+        pytest.skip("refused at construction (test_train)")
+    policy, rows, _ = rollout(likelihood=likelihood)
+    new = likelihood.score(policy, rows)
+    torch.testing.assert_close(new.log_prob, rows.old_log_prob, rtol=0, atol=2e-5)
+    result = surrogate(new, rows)
+    assert not result.held_low.any()
+    assert not result.held_high.any()
+    expected = gradient_of((-rows.advantage * new.log_prob).sum(), policy)
+    assert expected.norm() > 0.1
+    assert (gradient_of(result.loss.sum(), policy) - expected).norm() < 1e-4 * expected.norm()
+    negative = rows.advantage < -1
+    expected = gradient_of((-rows.advantage * new.log_prob)[negative].sum(), policy)
+    assert (gradient_of(result.loss[negative].sum(), policy) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_transition_rows_are_decision_times_trained_step():
+    """Steps 1..3 of 5 are trained; the discount counts the steps that are left of the whole chain."""
+    policy, rows, examples = rollout(likelihood=Transition(denoising_discount=0.5), steps=5,
+                                     trained=TrainedSteps(start=1, stop=4))
+    path = examples.trajectory
+    assert len(examples) == 15
+    assert examples.decision.tolist() == [n for n in range(5) for _ in range(3)]
+    for row in range(15):
+        n, k = row // 3, 1 + row % 3
+        assert torch.equal(rows.data["x"][row], path.x[n, k])
+        assert torch.equal(rows.data["x_next"][row], path.x[n, k + 1])
+        assert (rows.data["t"][row], rows.data["t_next"][row]) == (path.times[k], path.times[k + 1])
+        assert rows.old_log_prob[row] == path.log_prob[n, k]
+        assert torch.equal(rows.old.mean[row], path.mean[n, k])
+        assert rows.old.std[row] == path.std[n, k]
+        assert rows.cond["obs"][row] == COND["obs"][n]
+        assert rows.advantage[row].item() == pytest.approx(ADVANTAGE[n].item() * 0.5 ** (4 - k))
+    assert rows.position.tolist() == pytest.approx([0.0, 0.5, 1.0] * 5)
+
+
+def test_the_last_step_has_the_full_advantage_and_position_one():
+    """A single trained step has position 1 (robot_peers D1: DPPO's code gives 0/0 there)."""
+    _, rows, _ = rollout(DDPM(min_std=0.1), "eps", Transition(denoising_discount=0.5), trained=TrainedSteps(start=-1))
+    assert rows.position.tolist() == [1.0] * 5
+    assert torch.equal(rows.advantage, ADVANTAGE)
+
+
+@pytest.mark.parametrize(("weight", "prediction"), [("one", "flow"), ("t", "flow"), ("t2", "eps"), ("one", "x0")])
+def test_matching_is_minus_the_weighted_training_loss(weight, prediction):
+    policy, rows, examples = rollout(DDPM(), prediction, Matching(draws=2, weight=weight))
+    assert len(examples) == 10
+    assert examples.decision.tolist() == [0, 1, 2, 3, 4] * 2
+    t, eps, x0 = rows.data["t"], rows.data["eps"], rows.data["x0"]
+    assert torch.equal(x0, examples.trajectory.sample.repeat(2, 1))
+    level = policy.path.level(t, 1)
+    output = policy.denoiser(level.alpha * x0 + level.sigma * eps, t, rows.cond)
+    target = {"flow": eps - x0, "eps": eps, "x0": x0}[prediction]
+    factor = {"one": 1.0, "t": t, "t2": t**2}[weight]
+    new = Matching(draws=2, weight=weight).score(policy, rows)
+    torch.testing.assert_close(new.log_prob, -factor * ((output - target) ** 2).sum(1))
+    assert new.gaussian is None
+    assert new.dims == D
+
+
+def test_matching_per_dim_is_awm():
+    """AWM: r = exp(lp - lp_old), lp = -mean_D (v - (eps - x0))^2; loss max(-A r, -A clip(r)); ours is D times it."""
+    policy, rows, _ = rollout(ODE(), likelihood=Matching(draws=2))
+    old_error = -rows.old_log_prob / D
+    with torch.no_grad():
+        for p in policy.denoiser.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    level = policy.path.level(rows.data["t"], 1)
+    x = level.alpha * rows.data["x0"] + level.sigma * rows.data["eps"]
+    velocity = policy.denoiser(x, rows.data["t"], rows.cond)
+    error = ((velocity - (rows.data["eps"] - rows.data["x0"])) ** 2).mean(1)
+    ratio = (-error + old_error).exp()
+    assert (ratio - 1).abs().max() > 0.05
+    published = torch.maximum(-rows.advantage * ratio, -rows.advantage * ratio.clamp(0.5, 2.0))
+    surrogate = PPOClip(low=0.5, high=1.0, unit="per_dim")
+    torch.testing.assert_close(surrogate(Matching().score(policy, rows), rows).loss, D * published)
+
+
+def test_matching_times():
+    """grid: the sampler's own times without its first (AWM's discrete_wo_init); uniform: anywhere in (0, 1]."""
+    _, rows, examples = rollout(likelihood=Matching(draws=40))
+    assert sorted(set(rows.data["t"].tolist())) == pytest.approx([0.25, 0.5, 0.75])
+    assert examples.t.shape == (200,)
+    _, rows, _ = rollout(likelihood=Matching(draws=40, time="uniform"))
+    t = rows.data["t"]
+    assert len(t.unique()) == 200
+    assert t.min() > 0
+    assert t.mean().item() == pytest.approx(0.5, abs=0.07)
+    _, rows, _ = rollout(ODE(), likelihood=Matching(), steps=1)
+    assert set(rows.data["t"].tolist()) == {1.0}
+
+
+def test_velocity_is_eps_minus_x0_in_both_likelihoods():
+    for likelihood in (Transition(), Matching()):
+        policy, rows, _ = rollout(likelihood=likelihood)
+        x = rows.data["x"] if "x" in rows.data else None
+        if x is None:
+            level = policy.path.level(rows.data["t"], 1)
+            x = level.alpha * rows.data["x0"] + level.sigma * rows.data["eps"]
+        torch.testing.assert_close(likelihood.score(policy, rows).velocity,
+                                   policy.denoiser(x, rows.data["t"], rows.cond))
+
+
+def anchored(likelihood, **options):
+    """Scores of a moved policy and of its origin on the same rows."""
+    policy, rows, _ = rollout(likelihood=likelihood, **options)
+    anchor = toy_policy(frozen_copy(policy.denoiser), policy.kernel, event=(D,), steps=4, path=policy.path)
+    with torch.no_grad():
+        policy.denoiser.net[-1].bias.add_(torch.tensor([0.1, -0.2, 0.3]))
+    return likelihood.score(policy, rows), likelihood.score(anchor, rows)
+
+
+def test_velocity_mse_is_the_mean_over_the_event():
+    new, anchor = anchored(Transition())
+    torch.testing.assert_close(velocity_mse(new, anchor), torch.full((15,), (0.01 + 0.04 + 0.09) / 3))
+
+
+def test_reference_kl_is_the_exact_kl_of_the_step():
+    """DDPM(eps) with equal stds: |dm|^2 / (2 std^2), summed over the event."""
+    new, anchor = anchored(Transition(), kernel=DDPM(), prediction="eps", path=VPPath(betas="linear", train_steps=8))
+    expected = ((new.gaussian.mean - anchor.gaussian.mean) ** 2).sum(1) / (2 * new.gaussian.std[:, 0] ** 2)
+    torch.testing.assert_close(reference_kl(new, anchor), expected, rtol=1e-4, atol=1e-5)
+    assert expected.min() > 1e-3
+
+
+def test_reference_kl_needs_a_density():
+    new, anchor = anchored(Matching())
+    with pytest.raises(ValueError, match="reference_kl needs Gaussian steps"):
+        reference_kl(new, anchor)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Matching(draws=0), "draws must be at least 1, got 0"),
+    (lambda: Transition(denoising_discount=0.0), r"denoising_discount must lie in \(0, 1\]"),
+    (lambda: Transition(denoising_discount=1.1), r"denoising_discount must lie in \(0, 1\]"),
+    (lambda: rollout(ODE()), r"ODE\(type='ode'\) has no stochastic trained step")])
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_value_net_starts_at_zero_and_normalizes_its_observation():
+    data = torch.randn(50, 4) * 10 + 3
+    normalizer = Normalizer.fit(data)
+    net = ValueNet(4, (8,), key="state", normalizer=normalizer)
+    assert (net({"state": data}) == 0).all()
+    torch.nn.init.normal_(net.net[-1].weight)
+    plain = ValueNet(4, (8,), key="state")
+    plain.net.load_state_dict(net.net.state_dict())
+    value = net({"state": data})
+    assert value.shape == (50,)
+    torch.testing.assert_close(value, plain({"state": normalizer.normalize(data)}))
+    assert "normalizer.shift" in net.state_dict()

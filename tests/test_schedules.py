@@ -1,0 +1,82 @@
+"""Time grids, trained windows, joined trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import MLPDenoiser, toy_policy
+
+from diffalign.diffusion import FlowSDE, Schedule, TrainedSteps
+from diffalign.diffusion.trajectories import concatenate
+
+
+def test_uniform_grid():
+    torch.testing.assert_close(Schedule(steps=4).times(), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    assert Schedule(steps=1).times().tolist() == [1.0, 0.0]
+    assert Schedule(steps=10).times().dtype == torch.float32
+
+
+def test_shift_is_sd3_eq_23():
+    """shift 3: t -> 3 t / (1 + 2 t): 0.5 -> 0.75, 0.25 -> 0.5; the ends stay."""
+    assert Schedule(steps=4, shift=3.0).times().tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert Schedule(steps=2, shift=0.5).times().tolist() == pytest.approx([1.0, 1 / 3, 0.0])
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 2, "shift": 0.0}, {"steps": 2, "shift": -1.0}])
+def test_schedule_refusals(options):
+    with pytest.raises(ValueError, match="must be at least 1, got 0|shift must be positive"):
+        Schedule(**options)
+
+
+@pytest.mark.parametrize(("trained", "expected"), [
+    (TrainedSteps(), [0, 1, 2, 3, 4, 5]), (TrainedSteps(start=2), [2, 3, 4, 5]), (TrainedSteps(stop=2), [0, 1]),
+    (TrainedSteps(start=-2), [4, 5]), (TrainedSteps(start=1, stop=4), [1, 2, 3]),
+    (TrainedSteps(start=1, stop=4, size=3), [1, 2, 3])])
+def test_trained_ranges(trained, expected, generator):
+    mask = trained.draw(6, generator)
+    assert mask.dtype == torch.bool
+    assert mask.nonzero().flatten().tolist() == expected
+
+
+def test_random_windows_are_contiguous_uniform_and_in_range(generator):
+    trained = TrainedSteps(start=1, stop=6, size=2)
+    firsts = []
+    for _ in range(400):
+        steps = trained.draw(8, generator).nonzero().flatten().tolist()
+        assert steps == [steps[0], steps[0] + 1]
+        firsts.append(steps[0])
+    counts = [firsts.count(first) for first in range(1, 5)]
+    assert sum(counts) == 400  # never outside 1..4
+    assert min(counts) > 60  # 100 expected each; 60 is 4.6 standard deviations below
+    again = TrainedSteps(start=1, stop=6, size=2).draw(8, torch.Generator().manual_seed(3))
+    assert torch.equal(again, trained.draw(8, torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("trained", [TrainedSteps(start=6), TrainedSteps(stop=7), TrainedSteps(start=3, stop=3),
+                                     TrainedSteps(start=-7)])
+def test_ranges_that_do_not_fit(trained, generator):
+    with pytest.raises(ValueError, match="do not fit a schedule of 6 steps"):
+        trained.draw(6, generator)
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_windows_that_do_not_fit(size, generator):
+    with pytest.raises(ValueError, match=f"a window of {size} steps does not fit the trained range of 3"):
+        TrainedSteps(start=3, size=size).draw(6, generator)
+
+
+def test_concatenate_keeps_rows_in_order_and_refuses_mixed_windows(generator):
+    policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=4)
+    parts = [policy.act({"obs": torch.full((n, 1), float(n))}, generator=generator).trajectory for n in (2, 3)]
+    joined = concatenate(parts)
+    for name in ("x", "log_prob", "mean", "std"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(p, name) for p in parts]))
+    assert joined.cond["obs"].flatten().tolist() == [2, 2, 3, 3, 3]
+    assert torch.equal(joined.sample, joined.x[:, 4])
+    other = replace(parts[1], trained=torch.tensor([True, False, False, False]))
+    with pytest.raises(ValueError, match="must share their time grid and trained steps"):
+        concatenate([parts[0], other])
+    with pytest.raises(ValueError, match="must share their time grid"):
+        concatenate([parts[0], replace(parts[1], times=parts[1].times * 0.9)])
