@@ -261,7 +261,7 @@ def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         alignment_job(base, 1).evaluate(Run(tmp_path / "empty"), seed=0, episodes=None, sampler=None)
     with pytest.raises(ValueError, match="sampler must be"):
-        alignment_job(base, 1).evaluate(Run(base), seed=0, episodes=None, sampler="zero_noise")
+        pretraining_job().evaluate(Run(base), seed=0, episodes=None, sampler="zero_noise")
     with pytest.raises(ValueError, match="multiples of 8"):
         ShapesModel(channels=(12,))
     with pytest.raises(ValueError, match="needs images divisible by"):

@@ -17,6 +17,7 @@ from diffalign.train import checkpoint
 from diffalign.train.state import TrainState
 
 Listener = Callable[[int, Mapping[str, float], str, int | None], None]
+_FIRST = ("environment.json", ".environment.json.partial", ".config.yaml.partial")  # all that a kill in create leaves
 _PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "gymnasium", "mujoco", "metaworld")
 
 
@@ -55,7 +56,7 @@ class Run:
                 difference = _differing(config.read_text(), config_yaml)
                 raise ValueError(f"{path} was started with another config ({difference}); "
                                  "resume needs the same one, or choose another --run")
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(entry.name not in _FIRST for entry in path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run; choose another --run")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, listener=listener, writers=writers)

@@ -50,8 +50,9 @@ def _clip(state: TrainState, group: Mapping[str, object], max_grad_norm: float |
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
     if not bool(torch.isfinite(norm)):
-        bad = next((n for n, g in gradients.items() if not bool(torch.isfinite(g).all())), "their norm")
-        raise NonFinite(f"gradient of {group['name']}.{bad} is not finite at step {state.step}; "
+        bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        what = f"gradient of {group['name']}.{bad[0]}" if bad else f"the gradient norm of {group['name']}"
+        raise NonFinite(f"{what} is not finite at step {state.step}; "
                         "the weights are those before this update. Lower the learning rate or the trust region")
     if max_grad_norm is not None:
         scale = float(max_grad_norm / (norm + 1e-6))

@@ -5,7 +5,6 @@ No `from __future__ import annotations` here: diffusers reads the constructor's 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +77,6 @@ def load(run: str) -> Parts:
         what = "holds no finished model (pipeline/model_index.json)" if Path(run).is_dir() else "does not exist"
         raise ValueError(f"base: {run} {what}; make one with "
                          f"`diffalign train configs/image/shapes_pretrain.yaml --run {run}`")
-    loaded: Any = ShapesPipeline.from_pretrained(folder)
-    encoder = loaded.text_encoder.eval().requires_grad_(False)
-    return Parts(TextUNet(loaded.unet.eval()), encoder, loaded.tokenizer)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
+    return Parts(TextUNet(unet), encoder, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
