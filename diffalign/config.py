@@ -69,7 +69,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node = node.setdefault(part, {})
         else:
             raise ConfigError(f"override {override!r}: {part!r} is not inside a mapping or list")
-    value = yaml.load(text, _Loader)
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):

@@ -145,7 +145,7 @@ def test_a_save_that_dies_leaves_the_last_good_checkpoint(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("saved", "wanted", "message"), [
-    ({}, {"width": 5}, r"policy.0.bias has shape \(4,\) in the checkpoint and \(5,\) in the module"),
+    ({}, {"width": 5}, r"policy.0.weight has shape \(4, 2\) in the checkpoint and \(5, 2\) in the module"),
     ({}, {"roles": ("policy", "actor")}, "actor.0.bias is not in the checkpoint; build the module from"),
     ({"ema_decay": 0.9}, {}, "disagree on whether an EMA is kept; set the same ema_decay"),
     ({}, {"ema_decay": 0.9}, "disagree on whether an EMA is kept"),
@@ -188,17 +188,17 @@ def test_a_new_learning_rate_does_not_sneak_in(tmp_path):
     assert [g["lr"] for g in fresh.optimizer.param_groups] == [1e-3, 0.125]
 
 
-ITERATIONS = 40
+ITERATIONS = 30
 
 
 def killable(folder):
-    """Run as a script: train, log and save every iteration until ITERATIONS; resumes by itself."""
+    """Train, log and save every iteration until ITERATIONS; goes on by itself."""
     from diffalign.train.run import Run
 
     torch.manual_seed(0)
     policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=3)
     state = TrainState.create({"policy": policy.denoiser}, {"policy": 1e-3}, ema_decay=0.9, seed=0)
-    run = Run.create(Path(folder), "a: 1\n", resume=True)
+    run = Run.create(folder, "a: 1\n", resume=True)
     run.restore(state)
     loop = optimize(DDPO(optimization=PLAN).compose(), policy, PromptBandit(images=8), state)
     while state.step < ITERATIONS:
@@ -207,10 +207,13 @@ def killable(folder):
         run.save(state)
 
 
-def start_killable(folder):
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    code = f"import torch; torch.set_num_threads(1); import test_checkpoint; test_checkpoint.killable({str(folder)!r})"
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+def in_child(folder):
+    """The id of a forked process that trains (everything is imported, so that it starts at once)."""
+    pid = os.fork()
+    if pid == 0:
+        killable(folder)
+        os._exit(0)
+    return pid
 
 
 def lines(folder):
@@ -218,24 +221,32 @@ def lines(folder):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def test_sigkill_at_any_moment_resumes_to_the_same_numbers(tmp_path):
-    """Three kills at random moments of a run that saves every iteration; the numbers equal those of a quiet run."""
-    quiet, shot = tmp_path / "quiet", tmp_path / "shot"
-    undisturbed = start_killable(quiet)
+def kill_and_resume(root):
+    """Run as a script: root/quiet is never disturbed, root/shot is killed five times; prints the exit signals."""
+    TrainState.create({"policy": MLPDenoiser()}, {"policy": 1e-3}, seed=0)  # imports all that an optimizer needs
+    quiet, shot, signals = root / "quiet", root / "shot", []
+    os.waitpid(in_child(quiet), 0)
     draw = random.Random(4)
-    kills = 0
-    for until in (3, 14, 27):
-        process = start_killable(shot)
-        while lines(shot) < until and process.poll() is None:
+    for until in (0, 2, 9, 15, 22):
+        pid = in_child(shot)
+        while lines(shot) < until:
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stderr.close()
-    assert kills == 3
-    for process in (start_killable(shot), undisturbed):
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors.decode()
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        signals.append(os.waitpid(pid, 0)[1])
+    signals.append(os.waitpid(in_child(shot), 0)[1])
+    print(json.dumps(signals))
+
+
+def test_sigkill_at_any_moment_resumes_to_the_same_numbers(tmp_path):
+    """A run that saves every iteration is killed at random moments; its numbers equal those of a quiet run."""
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    code = (f"import torch, pathlib; torch.set_num_threads(1); import test_checkpoint; "
+            f"test_checkpoint.kill_and_resume(pathlib.Path({str(tmp_path)!r}))")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [signal.SIGKILL] * 5 + [0], done.stderr
+    quiet, shot = tmp_path / "quiet", tmp_path / "shot"
     assert (shot / "metrics.jsonl").read_text() == (quiet / "metrics.jsonl").read_text()
     for name in ("modules.safetensors", "training.safetensors"):
         one, two = (load_file(checkpoint.latest(folder / "checkpoints") / name) for folder in (quiet, shot))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.cli import commands, demo, doctor, inventory, jobs
+from diffalign.cli import commands, demo, doctor, inventory, jobs, rendering
 from diffalign.cli.errors import paragraph
 from diffalign.cli.main import COMMANDS, main
 from diffalign.config import ConfigError, dump, load
@@ -26,7 +27,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err
-    assert err.startswith(f"diffalign {words[0]}: ")
+    assert err.startswith("error: ")
     return err
 
 
@@ -254,3 +255,28 @@ def test_python_m_diffalign() -> None:
     )
     assert done.returncode == 2
     assert "nowhere does not exist" in done.stderr
+
+
+def test_renderer_is_chosen_by_the_library_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, expected in (("EGL", "egl"), ("OSMesa", "osmesa"), ("", "disable")):
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+        monkeypatch.delenv("DISPLAY", raising=False)
+        monkeypatch.setattr(rendering, "find_library", lambda name, installed=installed: name == installed)
+        rendering.choose()
+        assert os.environ["MUJOCO_GL"] == expected
+        assert os.environ.get("PYOPENGL_PLATFORM", "disable") == expected
+
+
+def test_the_users_renderer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    rendering.choose()
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+
+
+def test_a_renderer_that_fails_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(rendering, "_PICTURE", "raise RuntimeError('no driver')")
+    assert rendering.problem("egl") == "RuntimeError: no driver"
+    assert not rendering.works()
+    assert os.environ["MUJOCO_GL"] == "disable"

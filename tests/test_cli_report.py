@@ -67,8 +67,9 @@ def test_report_shows_before_and_after(run: Path) -> None:
 
 def test_report_is_complete_and_self_contained(run: Path) -> None:
     page = page_of(run)
-    for text in ("seed 5", "3 min 20 s", "9 steps", "Training curves", "Evaluations during training", "torch 2.10.0",
-                 "ddpm(10 steps, stochastic), episodes 100, seed 7", 'href="config.yaml"', "reward/mean"):  # fmt: skip
+    texts = ["seed 5", "3 min 20 s", "9 iterations", "Training curves", "Evaluations during training", "reward/mean"]
+    texts += ["ddpm(10 steps, stochastic), episodes 100, seed 7", "torch 2.10.0", 'href="config.yaml"']
+    for text in texts:
         assert text in page
     assert 'href="../demo-robot-bc/report.html"' in page
     assert "http" not in page
@@ -145,6 +146,7 @@ def test_plain_progress_prints_rate_time_left_and_key_metrics() -> None:
         progress(2, {"success_rate": 0.5}, "eval", 10)
     lines = out.getvalue().splitlines()
     assert lines[0] == "bc: starting"
+    assert lines[1] == "bc: step 1/10; loss 0.5  grad_norm/policy 2"
     assert re.fullmatch(r"bc: step 2/10, [\d.]+ steps/s, 0 s left; loss 0.25  grad_norm/policy 2", lines[2])
     assert lines[3] == "bc: eval at step 2: success_rate 0.5"
     assert lines[4].startswith("bc: done in ")

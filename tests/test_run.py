@@ -26,7 +26,7 @@ def test_a_new_folder(tmp_path):
     run = Run.create(tmp_path / "a" / "b", CONFIG, resume=False)
     assert (run.path / "config.yaml").read_text() == CONFIG
     environment = json.loads((run.path / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert environment["cpu_cores"] >= 1
     assert not (run.path / "metrics.jsonl").exists()
 
@@ -37,12 +37,12 @@ def test_metrics_lines_listener_and_writers(tmp_path):
                      writers=(lambda *a: written.append(a),))
     run.total = 9
     run.log(1, {"loss": 0.5})
-    run.log(1, {"success_rate": 1}, phase="eval")
+    run.log(1, {"success_rate": 1.0}, phase="eval")
     text = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in text] == [{"phase": "train", "step": 1, "loss": 0.5},
                                                    {"phase": "eval", "step": 1, "success_rate": 1.0}]
-    assert heard == [(1, {"loss": 0.5}, "train", 9), (1, {"success_rate": 1}, "eval", 9)]
-    assert written[1] == (1, {"success_rate": 1}, "eval")
+    assert heard == [(1, {"loss": 0.5}, "train", 9), (1, {"success_rate": 1.0}, "eval", 9)]
+    assert written[1] == (1, {"success_rate": 1.0}, "eval")
 
 
 def test_resume_needs_the_same_config(tmp_path):

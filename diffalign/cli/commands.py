@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
-from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-from diffalign.cli import jobs
+from diffalign.cli import jobs, rendering
 from diffalign.cli.progress import ConsoleProgress
 
 
@@ -41,12 +39,12 @@ def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, st
     if resume:
         jobs.refuse_other_config(path, config_yaml)
     progress = ConsoleProgress(path.name)
-    started = time.time()
+    started, resumed = time.time(), (path / "metrics.jsonl").exists()
     run = Run.create(path, config_yaml, resume=resume, listener=progress)
     run.writers = open_writers(loggers or {}, path)
     with progress:
         job.train(run)
-    run.write_json("finished.json", {"seconds": round(time.time() - started, 1), "resumed": resume})
+    run.write_json("finished.json", {"seconds": round(time.time() - started, 1), "resumed": resumed})
     return report.write(path)
 
 
@@ -86,11 +84,7 @@ def prepare(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-    if sys.platform == "linux" and not os.environ.get("DISPLAY") and "MUJOCO_GL" not in os.environ:
-        if find_library("EGL") or not find_library("OSMesa"):
-            os.environ["MUJOCO_GL"] = "egl"
-        else:
-            os.environ.update(MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="osmesa")
+    rendering.choose()
 
 
 def readable(result: dict[str, Any]) -> str:

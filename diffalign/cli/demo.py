@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffalign
-from diffalign.cli import jobs
+from diffalign.cli import jobs, rendering
 from diffalign.cli.commands import prepare, run_job, say
 
 
@@ -48,9 +48,14 @@ def demo(args: argparse.Namespace) -> int:
 
 def _run(domain: str, out: Path, seed: int) -> Path:
     stages, base = DEMOS[domain], None
+    films = [] if domain == "image" or rendering.works() else ["evaluation.videos=0"]
+    if films:
+        say(f"no videos: MuJoCo cannot render here. For videos: {rendering.FIXES['egl']}")
     for number, stage in enumerate(stages, 1):
         folder = out / f"demo-{domain}{stage.suffix}"
-        overrides = [f"seed={seed}", *stage.overrides, *([f"base={base}"] if base else [])]
+        overrides = [f"seed={seed}", *stage.overrides]
+        if base:
+            overrides += [f"base={base}", *films]
         base = folder
         _, job = jobs.load_job(configs(domain) / stage.config, overrides)
         if _finished(folder, job):

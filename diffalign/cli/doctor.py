@@ -7,13 +7,12 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import diffalign
+from diffalign.cli import rendering
 from diffalign.cli.errors import install_line
 
 # extra -> modules whose import proves it; tensorboard is imported through torch, its consumer
@@ -38,21 +37,6 @@ _PACKAGES = (
     "lerobot",
     "onnxruntime",
 )
-_GL_FIX = {
-    "egl": "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri",
-    "osmesa": "apt-get install libosmesa6",
-}
-_RENDER = """
-import mujoco
-model = mujoco.MjModel.from_xml_string(
-    '<mujoco><worldbody><light pos="0 0 2"/><geom size=".3" rgba="1 0 0 1"/></worldbody></mujoco>')
-data = mujoco.MjData(model)
-mujoco.mj_forward(model, data)
-with mujoco.Renderer(model, 48, 48) as renderer:
-    renderer.update_scene(data)
-    picture = renderer.render()
-assert picture.std() > 1, "the picture is blank"
-"""
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -68,8 +52,8 @@ def examine() -> dict[str, Any]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
         extras = dict(zip(EXTRAS, pool.map(_extra, EXTRAS, EXTRAS.values()), strict=True))
-        rendering = list(pool.map(render, _GL_FIX)) if extras["robot"]["usable"] else []
-    renderers = dict(zip(_GL_FIX, rendering)) if rendering else {}
+        pictures = list(pool.map(_renderer, rendering.FIXES)) if extras["robot"]["usable"] else []
+    renderers = dict(zip(rendering.FIXES, pictures)) if pictures else {}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("Apple MPS")
@@ -88,13 +72,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def render(backend: str) -> dict[str, Any]:
-    """Whether MuJoCo really renders a picture with a backend, tried in a process of its own (a failure may abort)."""
-    env = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
-    error = _run(_RENDER, env)
-    if error is None:
-        return {"usable": True}
-    return {"usable": False, "why": error, "fix": f"{_GL_FIX[backend]} (Debian, Ubuntu)"}
+def _renderer(backend: str) -> dict[str, Any]:
+    error = rendering.problem(backend)
+    return {"usable": True} if error is None else {"usable": False, "why": error, "fix": rendering.FIXES[backend]}
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
@@ -102,21 +82,8 @@ def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
     missing = [module for module in modules if importlib.util.find_spec(module.partition(".")[0]) is None]
     if missing:
         return {"usable": False, "why": f"not installed: {', '.join(missing)}", "fix": install_line(name)}
-    error = _run("".join(f"import {module}\n" for module in modules), dict(os.environ))
+    error = rendering.python("".join(f"import {module}\n" for module in modules), dict(os.environ))
     return {"usable": True} if error is None else {"usable": False, "why": error, "fix": install_line(name)}
-
-
-def _run(code: str, env: dict[str, str]) -> str | None:
-    """None, or the last line of what went wrong."""
-    try:
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
-        return "no answer in 180 s"
-    if done.returncode == 0:
-        return None
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line.partition(":")[0]]
-    return (errors or lines or [f"exit status {done.returncode}"])[-1]
 
 
 def _version(package: str) -> str | None:

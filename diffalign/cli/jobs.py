@@ -109,7 +109,7 @@ def refuse_other_config(path: Path, config_yaml: str) -> None:
     if changed:
         raise ValueError(
             f"{path} was started with another config ({'; '.join(changed)}). To go on with it, give the "
-            "same config and overrides; to use the new ones, choose another --run"
+            "same config and overrides; to use the new ones, choose another folder"
         )
 
 

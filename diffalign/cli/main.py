@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": "; --resume goes on from the newest checkpoint",
             "demo": "; the same command goes on from here",
         }
-        print(f"diffalign {args.name}: interrupted{keep.get(args.name, '')}", file=sys.stderr)
+        print(f"interrupted{keep.get(args.name, '')}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         text = paragraph(error)
         if text is None or args.traceback:
             raise
-        print(f"diffalign {args.name}: {text}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 

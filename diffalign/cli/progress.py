@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 # The metrics worth a glance, best first; a page or a line shows them before all others.
 KEY_METRICS = (
@@ -31,7 +31,7 @@ class ConsoleProgress:
         self.every = seconds_between_lines
         self.started = time.monotonic()
         self.last_line = float("-inf")
-        self.first_step: int | None = None
+        self.first: tuple[float, int] | None = None
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
@@ -41,12 +41,11 @@ class ConsoleProgress:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[pace]}"),
                 TextColumn("{task.fields[shown]}"),
                 console=self.console,
             )
-            self.task = self.bar.add_task(self.title, total=None, rate="", shown="starting")
+            self.task = self.bar.add_task(self.title, total=None, pace="", shown="starting")
             self.bar.start()
         else:
             self.console.print(f"{self.title}: starting", highlight=False)
@@ -61,18 +60,27 @@ class ConsoleProgress:
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str, total: int | None) -> None:
         """One logged line of the run."""
         now = time.monotonic()
-        if self.first_step is None:
-            self.first_step, self.started = step - 1, min(self.started, now)
-        rate = (step - self.first_step) / max(now - self.started, 1e-9)
-        shown = key_metrics(metrics)
+        if self.first is None:  # what came before was set-up, or a session that this one resumes
+            self.first = now, step
+        shown, pace = key_metrics(metrics), self._pace(now, step, total)
         if phase != "train":
             self._say(f"{self.title}: {phase} at step {step}: {shown}")
         elif self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=step, total=total, rate=speed(rate), shown=shown)
+            self.bar.update(self.task, completed=step, total=total, pace=pace, shown=shown)
         elif now - self.last_line >= self.every:
             self.last_line = now
-            left = f", {duration((total - step) / rate)} left" if total and rate > 0 else ""
-            self._say(f"{self.title}: step {step}{f'/{total}' if total else ''}, {speed(rate)}{left}; {shown}")
+            count = f"step {step}/{total}" if total else f"step {step}"
+            self._say(f"{self.title}: {', '.join(part for part in (count, pace) if part)}; {shown}")
+
+    def _pace(self, now: float, step: int, total: int | None) -> str:
+        """`2.5 steps/s, 12 s left`; empty at first, where what came before was set-up or an earlier session."""
+        if self.first is None:
+            self.first = now, step
+        since, steps = now - self.first[0], step - self.first[1]
+        if steps <= 0 or since <= 0:
+            return ""
+        left = f", {duration((total - step) * since / steps)} left" if total else ""
+        return speed(steps / since) + left
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)

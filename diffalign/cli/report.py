@@ -18,12 +18,13 @@ from diffalign.cli import figures
 from diffalign.cli.evaluations import Evaluation, Measure, read_evaluations
 from diffalign.cli.progress import KEY_METRICS, duration
 
-_TITLES = {
-    "robot_collect": "Demonstrations by the scripted expert",
-    "robot_bc": "Behaviour cloning",
-    "robot_align": "Robot policy alignment",
-    "image_pretrain": "Image model pre-training",
-    "image_align": "Image model alignment",
+# type -> (title, what a step is, what the train metrics are measured on)
+_JOBS = {
+    "robot_collect": ("Demonstrations by a scripted expert", "episodes", "One point an episode."),
+    "robot_bc": ("Behaviour cloning", "steps", "Measured on training batches."),
+    "robot_align": ("Robot policy alignment", "iterations", "Measured on the exploring policy's own rollouts."),
+    "image_pretrain": ("Image model pre-training", "steps", "Measured on training batches."),
+    "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),
 }
 _MAX_CURVES = 9
 
@@ -40,6 +41,8 @@ def write(run: Path) -> Path:
     config = configs.read(run / "config.yaml")
     evaluations = read_evaluations(run / "evaluations")
     records = read_metrics(run / "metrics.jsonl")
+    job_type = str(config.get("type"))
+    what, steps, measured_on = _JOBS.get(job_type, (job_type, "steps", ""))
     body = [
         _headline(evaluations),
         _media(run),
@@ -47,20 +50,19 @@ def write(run: Path) -> Path:
         _curves(
             [r for r in records if r["phase"] == "train"],
             "Training curves",
-            "Measured on training rollouts or batches with the exploring policy: no substitute for the evaluations.",
+            f"{measured_on} Over {steps}; no substitute for the evaluations.",
         ),
         _curves(
             [r for r in records if r["phase"] != "train"],
             "Evaluations during training",
-            "Measured apart from training data collection.",
+            f"Measured apart from training. Over {steps}.",
         ),
         _config_section(run, config),
         _environment_section(run),
     ]
-    title = f"{run.resolve().name}: {_TITLES.get(str(config.get('type')), str(config.get('type')))}"
     page = Template(files("diffalign.cli").joinpath("report.html").read_text()).substitute(
-        title=html.escape(title),
-        subtitle=_subtitle(run, config, records),
+        title=html.escape(f"{run.resolve().name}: {what}"),
+        subtitle=_subtitle(run, config, records, steps),
         body="\n".join(part for part in body if part),
         version=diffalign.__version__,
     )
@@ -81,13 +83,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _subtitle(run: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _subtitle(run: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], steps: str) -> str:
     parts = [
         f"<code>{html.escape(str(config.get('type')))}</code>",
         f"seed {html.escape(str(config.get('seed', 0)))}",
     ]
     if records:
-        parts.append(f"{max(r['step'] for r in records)} steps")
+        parts.append(f"{max(r['step'] for r in records)} {steps}")
     finished = run / "finished.json"
     if finished.is_file():
         record = json.loads(finished.read_text())
@@ -192,9 +194,13 @@ def _evaluation_curve(name: str, evaluations: Sequence[Evaluation]) -> str:
     )
 
 
+def _rank(name: str) -> int:
+    return KEY_METRICS.index(name) if name in KEY_METRICS else len(KEY_METRICS)
+
+
 def _curves(records: Sequence[Mapping[str, Any]], heading: str, note: str) -> str:
     names = list(dict.fromkeys(name for record in records for name in record if name not in ("phase", "step")))
-    names.sort(key=lambda name: KEY_METRICS.index(name) if name in KEY_METRICS else len(KEY_METRICS))
+    names.sort(key=lambda name: (name.startswith("time/"), _rank(name)))
     drawn = []
     for name in names:
         points = [(float(record["step"]), float(record[name])) for record in records if name in record]

@@ -6,7 +6,7 @@ on the gathered batch and gradients are summed, so that neither depends on the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,30 @@ def own_columns(x: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks; a missing gradient counts as zero."""
+    """Add up the gradients of all ranks; a gradient that is missing on every rank stays missing.
+
+    A zero instead would make the optimizer count a step (and decay weights) that one process does not take.
+    """
     if world_size() == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    parameters = list(parameters)
+    holders = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(holders)
+    for parameter, count in zip(parameters, holders.tolist(), strict=True):
+        if count:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def sum_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """By name the sum over all ranks; a rank without the name adds nothing."""
+    if world_size() == 1:
+        return dict(metrics)
+    parts: list[dict[str, float]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(parts, dict(metrics))
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 def sum_scalar(value: float) -> float:

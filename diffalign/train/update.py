@@ -36,6 +36,7 @@ def step(state: TrainState, losses: Iterable[tuple[float, Loss]], *, max_grad_no
                                 "Lower the learning rate or the trust region, or check the rewards and the data")
             totals[name] = totals.get(name, 0.0) + weight * value
         (weight * loss).backward()
+    totals = distributed.sum_metrics(totals)
     distributed.sum_gradients(p for group in state.optimizer.param_groups for p in group["params"])
     for group in state.optimizer.param_groups:
         totals[f"grad_norm/{group['name']}"] = _clip(state, group, max_grad_norm)

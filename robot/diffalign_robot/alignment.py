@@ -125,7 +125,8 @@ class RobotAlign:
                 torch.manual_seed(self.seed)
                 features = len(network.observation_normalizer.shift)
                 modules["critic"] = ValueNet(features, self.critic_hidden, normalizer=network.observation_normalizer)
-        state = TrainState.create(modules, rates, weight_decay=plan.weight_decay, ema_decay=plan.ema_decay, seed=self.seed)
+        state = TrainState.create(modules, rates, weight_decay=plan.weight_decay, ema_decay=plan.ema_decay,
+                                  seed=self.seed)
         return policy, pieces, state
 
     def _demonstrations(self, pieces: OnPolicy, policy: DiffusionPolicy) -> Batch | None:

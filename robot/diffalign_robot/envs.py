@@ -67,7 +67,7 @@ class GymnasiumEpisode:
         import gymnasium
 
         try:
-            self._env: Any = gymnasium.make(spec.id, max_episode_steps=spec.horizon, render_mode=None)
+            self._env: Any = gymnasium.make(spec.id, max_episode_steps=spec.horizon)
         except gymnasium.error.Error as error:
             raise ValueError(f"Gymnasium cannot make {spec.id!r}: {error}") from None
         for name in ("observation_space", "action_space"):

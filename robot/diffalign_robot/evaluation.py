@@ -27,7 +27,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if self.episodes < 2 or self.every < 1 or self.videos < 0:
-            raise ValueError(f"need episodes >= 2, every >= 1, videos >= 0; got {self.episodes}, {self.every}, {self.videos}")
+            raise ValueError("need episodes >= 2, every >= 1, videos >= 0; "
+                             f"got {self.episodes}, {self.every}, {self.videos}")
 
 
 def evaluate_and_log(run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,
@@ -41,7 +42,8 @@ def evaluate_and_log(run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, pla
     return result
 
 
-def film(run: Run, policy: DiffusionPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str) -> None:
+def film(run: Run, policy: DiffusionPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str
+         ) -> None:
     """Write videos/<name>.mp4 where the environment can be rendered."""
     if plan.videos and isinstance(environment, MetaWorld):
         record(policy, environment, run.folder("videos") / f"{name}.mp4", seed=seed, count=plan.videos,

@@ -79,7 +79,7 @@ class MetaWorldEpisode:
         return self._obs
 
     def frame(self) -> NDArray[np.uint8]:
-        """A picture from the corner camera, [240, 240, 3]; without shadows, reflections and multisampling (3x faster)."""
+        """A picture from the corner camera, [240, 240, 3]; no shadows and reflections: three times faster."""
         if self._renderer is None:
             self._model.vis.quality.offsamples = 0
             self._renderer = self._mujoco.Renderer(self._model, _PIXELS, _PIXELS)
@@ -128,7 +128,8 @@ class MetaWorldEpisode:
         quaternion = np.empty(4)
         self._mujoco.mju_mat2Quat(quaternion, self._env.data.geom("objGeom").xmat)
         quaternion = quaternion[[1, 2, 3, 0]]
-        return quaternion * np.sign(quaternion[np.abs(quaternion).argmax()])
+        signed: NDArray[np.float64] = quaternion * np.sign(quaternion[np.abs(quaternion).argmax()])
+        return signed
 
 
 def _build(task: str) -> Any:

@@ -35,8 +35,8 @@ class ChunkDenoiser(nn.Module):
         self.time = nn.Sequential(nn.Linear(spec.time_features, 2 * spec.time_features), nn.Mish(),
                                   nn.Linear(2 * spec.time_features, spec.time_features))
         self.inlet = nn.Linear(size + spec.time_features + len(observations.shift), width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Mish(), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
-                                    for _ in range(spec.blocks))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Mish(), nn.Linear(width, width), nn.Mish(),
+                                                  nn.Linear(width, width)) for _ in range(spec.blocks))
         self.outlet = nn.Sequential(nn.Mish(), nn.Linear(width, size))
 
     def forward(self, x: Float[Tensor, "N Ta Da"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Ta Da"]:

@@ -45,8 +45,9 @@ def build_policy(network: ChunkMLP, chunk: int, obs_dim: int, action_dim: int, d
 def require_same_shapes(env_dims: tuple[int, int], policy_dims: tuple[int, int], environment: Environment) -> None:
     """Raises: ValueError if a policy was trained for another environment."""
     if env_dims != policy_dims:
-        raise ValueError(f"the policy was trained for {policy_dims[0]} observation and {policy_dims[1]} action features, "
-                         f"but {environment} has {env_dims[0]} and {env_dims[1]}; choose the matching base or environment")
+        raise ValueError(f"the policy was trained for {policy_dims[0]} observation and {policy_dims[1]} action "
+                         f"features, but {environment} has {env_dims[0]} and {env_dims[1]}; choose the matching base "
+                         "or environment")
 
 
 def packages() -> dict[str, str]:
@@ -68,7 +69,7 @@ def load_policy(folder: Path) -> DiffusionPolicy:
         raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc or robot_align run")
     shapes = checkpoint.shapes(found)
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
-    network = ChunkMLP(**{key: value for key, value in architecture["network"].items()})
+    network = ChunkMLP(**architecture["network"])
     policy = build_policy(network, architecture["chunk"], obs_dim, action_dim, architecture["denoising_steps"])
     denoiser: Any = policy.denoiser
     checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import multiprocessing as mp
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array, Episode, make
+
+_DIED = "a simulator process died (killed or out of memory); lower num_envs or workers"
 
 
 class ChunkStep(NamedTuple):
@@ -111,7 +113,8 @@ class ChunkVectorEnv:
             raise ValueError(f"chunks must be [{self.count}, Ta, {self.action_dim}], got {chunks.shape}")
         bad = ~np.isfinite(chunks).all(axis=(1, 2))
         if bad.any():
-            raise FloatingPointError(f"the action chunk of environment {int(bad.argmax())} is not finite; nothing was executed")
+            raise FloatingPointError(f"the action chunk of environment {int(bad.argmax())} is not finite; "
+                                     "nothing was executed")
         if self._local:
             return self._local.step(chunks)
         parts = self._all("step", [chunks[a:b] for a, b in zip(self._bounds, self._bounds[1:])])
@@ -142,27 +145,30 @@ class _Worker:
     def __init__(self, spec: Environment, count: int) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(cast(Connection, theirs), spec, count), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, spec, count), daemon=True)
         self._process.start()
         theirs.close()
 
     def send(self, method: str, argument: Any) -> None:
-        self._pipe.send((method, argument))
+        try:
+            self._pipe.send((method, argument))
+        except BrokenPipeError:
+            raise RuntimeError(_DIED) from None
 
     def receive(self) -> Any:
         try:
             ok, result = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("a simulator process died (killed or out of memory); lower num_envs or workers") from None
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(_DIED) from None
         if not ok:
             raise RuntimeError(f"a simulator process failed: {result}")
         return result
 
     def close(self) -> None:
         if self._process.is_alive():
-            self._pipe.send(("close", None))
-            self._process.join(timeout=5)
+            self.send("close", None)
         self._pipe.close()
+        self._process.join(timeout=5)
 
 
 def _serve(pipe: Connection, spec: Environment, count: int) -> None:
@@ -177,7 +183,7 @@ def _serve(pipe: Connection, spec: Environment, count: int) -> None:
             return
         try:
             result = part.reset(argument) if method == "reset" else part.step(argument)
-        except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
+        except Exception as error:  # sent to the parent, which raises it
             pipe.send((False, f"{type(error).__name__}: {error}"))
             return
         pipe.send((True, result))

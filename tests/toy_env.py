@@ -1,0 +1,36 @@
+"""A registered Gymnasium environment of two numbers, importable by worker processes as `toy_env:ToyPoint-v0`."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+POINT = "toy_env:ToyPoint-v0"
+
+
+class PointRobot(gymnasium.Env):
+    """A point that moves by its action; within 0.2 of the origin it succeeds, is paid 1, and the episode ends."""
+
+    observation_space = Box(-5, 5, (2,), np.float32)
+    action_space = Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain = gain
+        self.position = np.zeros(2, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        angle = self.np_random.uniform(0, 2 * np.pi)
+        self.position = np.array([np.cos(angle), np.sin(angle)], np.float32)
+        return self.position.copy(), {}
+
+    def step(self, action):
+        action = np.clip(action, -1, 1)
+        self.position = np.clip(self.position + self.gain * action, -5, 5).astype(np.float32)
+        success = bool(np.linalg.norm(self.position) < 0.2)
+        return self.position.copy(), float(success), success, False, {"success": success}
+
+
+gymnasium.register("ToyPoint-v0", entry_point=PointRobot, max_episode_steps=50, kwargs={"gain": 1.0})
+gymnasium.register("ToySlowPoint-v0", entry_point=PointRobot, max_episode_steps=16, kwargs={"gain": 0.25})
