@@ -16,9 +16,9 @@ check() {
   echo "==> $1"
   "${@:2}" || failed="$failed $1"
 }
-check ruff .venv/bin/ruff check --quiet .
+check ruff .venv/bin/ruff check --quiet --output-format concise .
 check mypy .venv/bin/mypy
-check lint-imports .venv/bin/lint-imports
+check lint-imports .venv/bin/lint-imports --no-logo
 if [ -n "$failed" ]; then echo "==> failed so far:$failed"; fi
 check pytest .venv/bin/python -m pytest --quiet "$@"
 [ -z "$failed" ]

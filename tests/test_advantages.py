@@ -10,8 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffalign.rl.advantages import (GAE, GroupNormalized, LeaveOneOut, Outcome, PromptRunning, gae, group_normalized,
-                                     leave_one_out, prompt_running, whiten)
+from diffalign.rl.advantages import (
+    GAE,
+    GroupNormalized,
+    LeaveOneOut,
+    Outcome,
+    PromptRunning,
+    gae,
+    group_normalized,
+    leave_one_out,
+    prompt_running,
+    whiten,
+)
 
 
 def brute_force(reward, value, next_value, terminated, truncated, gamma, lam):
@@ -147,8 +157,8 @@ def test_leave_one_out_is_the_scaled_difference_to_the_mean():
     assert got[0].item() == pytest.approx(1 - (2 + 6) / 2)
     assert got[3].item() == pytest.approx(14 - 10)
     for g in (3, 5, 7):
-        r = REWARDS[GROUPS == g]
-        torch.testing.assert_close(got[GROUPS == g], len(r) / (len(r) - 1) * (r - r.mean()))
+        r = REWARDS[g == GROUPS]
+        torch.testing.assert_close(got[g == GROUPS], len(r) / (len(r) - 1) * (r - r.mean()))
 
 
 @pytest.mark.parametrize("estimate", [group_normalized, leave_one_out])

@@ -30,20 +30,21 @@ class Robots(PointMass):
 
 
 def learn(algorithm, kernel, source, *, prediction="flow", iterations=25, rates=1e-2, seed=0, **options):
-    """Mean return of the first and of the last five iterations."""
+    """Mean return of the first iteration and of the last five."""
     pieces = algorithm.compose()
     policy, state = setup(kernel, prediction, critic=pieces.needs_critic, rates=rates, seed=seed,
                           ema_decay=algorithm.optimization.ema_decay, **options)
     loop = optimize(pieces, policy, source, state, reference=frozen_copy(policy.denoiser))
     returns = [next(loop).metrics["reward/mean"] for _ in range(iterations)]
-    return sum(returns[:5]) / 5, sum(returns[-5:]) / 5
+    return returns[0], sum(returns[-5:]) / 5
 
 
-# The bandit starts near -4.0 (a constant answer gets at best -1, the optimum is 0).
+# An answer that ignores the prompt gets at best -1, the optimum is 0.
 BANDIT = {
     "ddpo-ddpm": (DDPO(surrogate=WIDE, optimization=PLAN), DDPM(), "eps"),
     "ddpo-ddim": (DDPO(surrogate=WIDE, optimization=PLAN), DDIM(eta=0.8), "v"),
-    "ddpo-published-clip": (DDPO(surrogate=PPOClip(low=0.1, high=0.1, unit="per_dim"), optimization=PLAN), DDPM(), "eps"),
+    "ddpo-published-clip": (DDPO(surrogate=PPOClip(low=0.1, high=0.1, unit="per_dim"), optimization=PLAN), DDPM(),
+                            "eps"),
     "ddpo-floor": (DDPO(surrogate=WIDE, optimization=PLAN), DDIM(eta=0.0, min_std=0.15), "x0"),
     "flow_grpo-sde": (FlowGRPO(surrogate=WIDE, optimization=PLAN), FlowSDE(), "flow"),
     "flow_grpo-dance": (FlowGRPO(surrogate=WIDE, optimization=PLAN), DanceSDE(eta=0.6), "flow"),
@@ -62,21 +63,25 @@ BANDIT = {
 @pytest.mark.parametrize(("algorithm", "kernel", "prediction"), BANDIT.values(), ids=BANDIT)
 def test_the_prompt_bandit_improves(algorithm, kernel, prediction):
     before, after = learn(algorithm, kernel, PromptBandit(), prediction=prediction)
-    assert before < -2.0
-    assert after > before + 1.2
+    assert before < -1.1
+    assert after > -0.5
 
 
-@pytest.mark.parametrize("trained", [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4)], ids=repr)
+WINDOWS = [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4)]
+
+
+@pytest.mark.parametrize("trained", WINDOWS, ids=repr)
 def test_a_window_of_trained_steps_is_enough(trained):
     algorithm = FlowGRPO(surrogate=WIDE, optimization=PLAN)
     before, after = learn(algorithm, FlowSDE(), PromptBandit(), trained=trained)
-    assert after > before + 1.0
+    assert before < -1.1
+    assert after > -0.5
 
 
 # The point mass: one success is worth 1; at the start about one episode in five reaches the goal.
 ROBOT = {
     "dppo": (DPPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
-    "dppo-last-steps": (DPPO(surrogate=PPOClip(low=0.2, high=0.2, step_start=0.1), optimization=PLAN,
+    "dppo-clip-schedule": (DPPO(surrogate=PPOClip(low=0.2, high=0.2, step_start=0.1), optimization=PLAN,
                              denoising_discount=0.9), DDPM(min_std=0.1), "eps"),
     "dppo-flow": (DPPO(surrogate=WIDE, optimization=PLAN, advantage=GAE(lam=0.9)), FlowSDE(), "flow"),
     "ddpo": (DDPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
@@ -89,7 +94,7 @@ ROBOT = {
 def test_the_point_mass_improves(algorithm, kernel, prediction):
     before, after = learn(algorithm, kernel, Robots(), prediction=prediction)
     assert before < 0.0
-    assert after > before + 0.5
+    assert after > before + 0.6
 
 
 def test_without_a_reward_signal_nothing_is_learned():

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from test_on_policy import demonstrations, parameters, setup
 from test_train import same, snapshot
-from toys import MLPDenoiser, PointMass, PromptBandit, toy_policy
 from torch import nn
+from toys import MLPDenoiser, PointMass, PromptBandit, toy_policy
 
 from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
 from diffalign.diffusion import DDPM, ODE, FlowSDE, TrainedSteps
@@ -149,7 +149,7 @@ def test_a_save_that_dies_leaves_the_last_good_checkpoint(tmp_path, monkeypatch,
     ({}, {"roles": ("policy", "actor")}, "actor.0.bias is not in the checkpoint; build the module from"),
     ({"ema_decay": 0.9}, {}, "disagree on whether an EMA is kept; set the same ema_decay"),
     ({}, {"ema_decay": 0.9}, "disagree on whether an EMA is kept"),
-    ({}, {"roles": ("policy",)}, r"the optimizer groups are \['policy', 'critic'\] in the checkpoint and \['policy'\]")])
+    ({}, {"roles": ("policy",)}, r"the optimizer groups are \['policy', 'critic'\] in the .* and \['policy'\]")])
 def test_another_structure_is_refused(tmp_path, saved, wanted, message):
     path = checkpoint.save(tmp_path, small(**saved))
     with pytest.raises(ValueError, match=message):

@@ -105,10 +105,16 @@ def test_missing_config_and_missing_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_missing_base_names_the_command_that_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(ROOT / "configs/image/shapes_jpeg.yaml"), f"base={tmp_path / 'none'}", "--run", str(tmp_path / "run")]
+    words = [
+        str(ROOT / "configs/image/shapes_flow_grpo.yaml"),
+        f"base={tmp_path / 'none'}",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     text = refused(capsys, "train", *words)
     assert str(tmp_path / "none") in text
     assert "diffalign train" in text
+    assert not (tmp_path / "run").exists()  # or the next attempt would be told to resume
 
 
 def test_collect_refuses_other_jobs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,11 +145,10 @@ def test_plain_progress_prints_rate_time_left_and_key_metrics() -> None:
         progress(2, {"loss": 0.25, "grad_norm/policy": 2.0}, "train", 10)
         progress(2, {"success_rate": 0.5}, "eval", 10)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "bc: starting"
-    assert lines[1] == "bc: step 1/10; loss 0.5  grad_norm/policy 2"
-    assert re.fullmatch(r"bc: step 2/10, [\d.]+ steps/s, 0 s left; loss 0.25  grad_norm/policy 2", lines[2])
-    assert lines[3] == "bc: eval at step 2: success_rate 0.5"
-    assert lines[4].startswith("bc: done in ")
+    assert lines[0] == "bc: step 1/10; loss 0.5  grad_norm/policy 2"
+    assert re.fullmatch(r"bc: step 2/10, [\d.]+ steps/s, 0 s left; loss 0.25  grad_norm/policy 2", lines[1])
+    assert lines[2] == "bc: eval at step 2: success_rate 0.5"
+    assert lines[3].startswith("bc: done in ")
 
 
 def test_plain_progress_waits_between_lines() -> None:
@@ -157,7 +156,7 @@ def test_plain_progress_waits_between_lines() -> None:
     with ConsoleProgress("bc", console=Console(file=out, width=200)) as progress:
         for step in range(1, 100):
             progress(step, {"loss": 0.5}, "train", None)
-    assert len(out.getvalue().splitlines()) == 3
+    assert len(out.getvalue().splitlines()) == 2
 
 
 def test_terminal_progress_shows_a_bar() -> None:

@@ -72,7 +72,8 @@ def ddpo():
 def dppo():
     """Several decisions, some not executed; a critic that learns alone at first; demonstrations."""
     policy, state = setup(DDPM(min_std=0.3), "eps", critic=True)
-    pieces = DPPO(optimization=Optimization(epochs=2, critic_warmup=1, weight_decay=0.1), behavior_cloning=0.1).compose()
+    plan = Optimization(epochs=2, critic_warmup=1, weight_decay=0.1)
+    pieces = DPPO(optimization=plan, behavior_cloning=0.1).compose()
     return state, optimize(pieces, policy, Split(PointMass(episodes=1), groups=2), state, demonstrations=demonstrations)
 
 
@@ -106,7 +107,8 @@ def fork_two(folder):
         if children[-1] == 0:
             work(rank, folder)
             os._exit(0)
-    raise SystemExit(any([os.waitpid(child, 0)[1] for child in children]))
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    raise SystemExit(any(codes))
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffalign_image import rewards, shapes, text, verifiable
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
+
+from diffalign_image import rewards, shapes, text, verifiable
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_jpeg_size_is_the_file_size_and_orders_content() -> None:
     assert 0.2 < blank[0] < 0.4  # a JPEG header
     assert (rewards.jpeg_kb(images, 50) < clean).all()
     assert torch.equal(rewards.Jpeg()(images, captions), -clean)
-    with pytest.raises(ValueError, match="quality must lie in 1..95"):
+    with pytest.raises(ValueError, match="quality must lie in"):
         rewards.Jpeg(quality=101)
 
 

@@ -6,15 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffalign_image import pipeline
-from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
-from diffalign_image.jobs import ImageAlign, ImagePretrain
-from diffalign_image.model import EVENT, ShapesModel, build
-from diffalign_image.pipeline import Parts, ShapesPipeline
-from diffalign_image.rewards import Jpeg, Verifiable
-from diffalign_image.shapes import parse
-from diffalign_image.source import training_prompts
-from diffalign_image.text import encode_captions
 
 from diffalign import config
 from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
@@ -24,6 +15,15 @@ from diffalign.rl.surrogates import PPOClip
 from diffalign.train.on_policy import Optimization
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining
+from diffalign_image import pipeline
+from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
+from diffalign_image.jobs import ImageAlign, ImagePretrain
+from diffalign_image.model import EVENT, ShapesModel, build
+from diffalign_image.pipeline import Parts, ShapesPipeline
+from diffalign_image.rewards import Jpeg, Verifiable
+from diffalign_image.shapes import parse
+from diffalign_image.source import training_prompts
+from diffalign_image.text import encode_captions
 
 TINY = ShapesModel(channels=(8, 16), text_channels=32, text_layers=1)
 QUICK = Evaluation(prompts=3, images_per_prompt=2, kl_images=2)
@@ -186,8 +186,8 @@ def test_drawing_repeats_and_does_not_depend_on_other_captions(parts: Parts) -> 
 
 
 def test_pretraining_writes_a_complete_run_and_resumes_to_the_same_weights(base: Path, tmp_path: Path) -> None:
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "environment.json", "evaluations", "samples", "pipeline"} <= {
-        path.name for path in base.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "environment.json", "evaluations", "samples", "pipeline"}
+    assert expected <= {path.name for path in base.iterdir()}
     assert [record["step"] for record in lines(base, "train")] == [1, 2, 3]
     assert json.loads((base / "evaluations" / "after.json").read_text())["step"] == 3
 

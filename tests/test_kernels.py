@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_exact_marginal_of_a_point_mass_at_every_step(path, kernel):
     """With x0 known, x_next ~ N(alpha' x0, sigma'^2): the eps coefficient and std add up, and 0 remains at the end."""
     grid = torch.linspace(1, 0, 11).tolist()
     x0 = torch.full((1, 1), 1.5, dtype=torch.float64)
-    for t, t_next in zip(grid, grid[1:]):
+    for t, t_next in pairwise(grid):
         now, nxt = (path.level(torch.tensor([s], dtype=torch.float64), 1) for s in (t, t_next))
         plus, minus = (kernel.moments(now.alpha * x0 + now.sigma * e, x0, torch.full_like(x0, e), now, nxt)
                        for e in (1.0, -1.0))
@@ -165,7 +166,7 @@ def test_min_std_is_a_floor_of_the_std_alone(kind):
     path, floor = VPPath(train_steps=10), 0.15
     grid = torch.linspace(1, 0, 11).tolist()
     bare, floored = [], []
-    for t, t_next in zip(grid, grid[1:]):
+    for t, t_next in pairwise(grid):
         x, x0, eps = noised(path, t)
         plain, wide = (step(path, kind(min_std=m), x, x0, eps, t, t_next) for m in (0.0, floor))
         torch.testing.assert_close(wide.mean, plain.mean)
@@ -185,10 +186,13 @@ def test_which_kernels_have_a_density():
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), [
-    (DDPM, {"min_std": -0.1}, "min_std must be at least 0, got -0.1"), (DDIM, {"eta": 1.01}, r"eta must lie in \[0, 1\]"),
+    (DDPM, {"min_std": -0.1}, "min_std must be at least 0, got -0.1"),
+    (DDIM, {"eta": 1.01}, r"eta must lie in \[0, 1\]"),
     (DDIM, {"eta": -0.01}, r"eta must lie in \[0, 1\]"), (DDIM, {"min_std": -1.0}, "min_std must be at least 0"),
-    (FlowSDE, {"noise_level": -0.1}, "noise_level must be at least 0"), (DanceSDE, {"eta": -1.0}, "eta must be at least"),
-    (CPS, {"noise_level": 1.1}, r"noise_level must lie in \[0, 1\]"), (FlowSDE, {"noise_level": math.nan}, "noise_level")])
+    (FlowSDE, {"noise_level": -0.1}, "noise_level must be at least 0"),
+    (FlowSDE, {"noise_level": math.nan}, "noise_level"),
+    (DanceSDE, {"eta": -1.0}, "eta must be at least 0"),
+    (CPS, {"noise_level": 1.1}, r"noise_level must lie in \[0, 1\]")])
 def test_refusals(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)

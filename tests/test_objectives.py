@@ -38,7 +38,7 @@ def gradient_of(loss, policy):
 
 PAIRS = [(surrogate, likelihood) for surrogate in SURROGATES
          for likelihood in (Transition(), Transition(denoising_discount=0.7), Matching(draws=3))
-         if likelihood.has_density or not surrogate.needs_density]  # the others are refused at construction (test_train)
+         if likelihood.has_density or not surrogate.needs_density]  # the others are refused (test_refusals)
 
 
 @pytest.mark.parametrize(("surrogate", "likelihood"), PAIRS, ids=repr)
@@ -60,8 +60,8 @@ def test_ratio_is_one_and_the_gradient_is_the_policy_gradient(surrogate, likelih
 
 def test_transition_rows_are_decision_times_trained_step():
     """Steps 1..3 of 5 are trained; the discount counts the steps that are left of the whole chain."""
-    policy, rows, examples = rollout(likelihood=Transition(denoising_discount=0.5), steps=5,
-                                     trained=TrainedSteps(start=1, stop=4))
+    _, rows, examples = rollout(likelihood=Transition(denoising_discount=0.5), steps=5,
+                                trained=TrainedSteps(start=1, stop=4))
     path = examples.trajectory
     assert len(examples) == 15
     assert examples.decision.tolist() == [n for n in range(5) for _ in range(3)]
@@ -137,7 +137,7 @@ def test_matching_times():
 def test_velocity_is_eps_minus_x0_in_both_likelihoods():
     for likelihood in (Transition(), Matching()):
         policy, rows, _ = rollout(likelihood=likelihood)
-        x = rows.data["x"] if "x" in rows.data else None
+        x = rows.data.get("x")
         if x is None:
             level = policy.path.level(rows.data["t"], 1)
             x = level.alpha * rows.data["x0"] + level.sigma * rows.data["eps"]

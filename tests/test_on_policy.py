@@ -231,8 +231,9 @@ def test_negative_and_positive_advantages_move_the_density_their_way():
                       optimization=Optimization())
     run(pieces, policy, source, state, 1)
     rollout = kept[0]
-    advantage = GroupNormalized()(on_policy.Outcome(rollout.reward, rollout.terminated, rollout.truncated, rollout.valid,
-                                                    rollout.group, rollout.prompt), {}).advantage
+    data = on_policy.Outcome(rollout.reward, rollout.terminated, rollout.truncated, rollout.valid, rollout.group,
+                             rollout.prompt)
+    advantage = GroupNormalized()(data, {}).advantage
     examples = Transition().examples(policy, rollout.trajectory, advantage.flatten(), generator=state.generator)
     rows = examples.rows(torch.arange(len(examples)))
     change = Transition().score(policy, rows).log_prob - rows.old_log_prob

@@ -111,7 +111,7 @@ def test_pure_noise():
 
 @pytest.mark.parametrize("options", [{"train_steps": 0}, {"beta_start": 0.0}, {"beta_start": 0.03}, {"beta_end": 1.0}])
 def test_vp_refusals(options):
-    with pytest.raises(ValueError, match="train_steps must|need 0 < beta_start"):
+    with pytest.raises(ValueError, match=r"train_steps must|need 0 < beta_start"):
         VPPath(**options)
 
 

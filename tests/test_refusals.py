@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_on_policy import Constant, demonstrations, parameters, run, setup
-from toys import MLPDenoiser, PointMass, PromptBandit
 from torch import nn
+from toys import MLPDenoiser, PointMass, PromptBandit
 
 from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
 from diffalign.diffusion import DDIM, DDPM, ODE, FlowSDE
@@ -28,7 +28,7 @@ def pieces(**options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"surrogate": DivergenceGate(), "likelihood": Matching()}, "DivergenceGate needs the exact KL .* Matching likelihood"),
+    ({"surrogate": DivergenceGate(), "likelihood": Matching()}, r"DivergenceGate needs the exact KL .* Matching"),
     ({"reference_kl": 0.1, "likelihood": Matching()}, "reference_kl=0.1 needs Gaussian steps.*use reference_velocity"),
     ({"ema_velocity": 0.1}, "ema_velocity=0.1 needs averaged weights; set optimization.ema_decay"),
     ({"reference_kl": -0.1}, "reference_kl must be at least 0, got -0.1"),
@@ -49,7 +49,7 @@ def test_optimization(options):
 
 
 @pytest.mark.parametrize(("algorithm", "kernel", "message"), [
-    (FlowGRPO(reference_kl=0.1), FlowSDE(), "reference_kl=0.1, reference_velocity=0.0 need a reference denoiser, got None"),
+    (FlowGRPO(reference_kl=0.1), FlowSDE(), r"reference_kl=0.1, .* need a reference denoiser, got None"),
     (AWM(reference_velocity=0.2), ODE(), "reference_velocity=0.2 need a reference denoiser"),
     (DPPO(), FlowSDE(), r"the GAE advantage needs a critic in state.modules, got \['policy'\]"),
     (DPPO(advantage=GroupNormalized(), behavior_cloning=0.5), FlowSDE(), "behavior_cloning=0.5 needs demonstrations"),
@@ -96,7 +96,7 @@ def test_dropout_is_caught_as_ratio_drift():
     policy = replace(policy, denoiser=Forgetful().train())
     state.modules["policy"] = policy.denoiser
     before = parameters(state)
-    with pytest.raises(RatioDrift, match="on the first minibatch the log-ratio reaches .* nothing was updated"):
+    with pytest.raises(RatioDrift, match=r"on the first minibatch the log-ratio reaches .* nothing was updated"):
         run(FlowGRPO().compose(), policy, PromptBandit(), state, 1)
     assert torch.equal(parameters(state), before)
     policy.denoiser.eval()
@@ -150,7 +150,7 @@ def test_an_exploding_update_is_stopped():
     before = parameters(state)
     huge = Constant(PromptBandit(), lambda r: replace(r, reward=1e30 * r.reward))
     algorithm = FlowGRPO(advantage=GroupNormalized(scale="none", clip=None)).compose()
-    with pytest.raises(NonFinite, match=r"the gradient norm of policy is not finite at step 0; the weights are those before"):
+    with pytest.raises(NonFinite, match=r"the gradient norm of policy is not finite at step 0; the weights are those"):
         run(algorithm, policy, huge, state, 1)
     assert torch.equal(parameters(state), before)
 

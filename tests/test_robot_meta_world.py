@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 
-pytest.importorskip("metaworld")
 from diffalign_robot.choices import MetaWorld
 from diffalign_robot.meta_world import SUCCESS_RADIUS, MetaWorldEpisode, _build
 

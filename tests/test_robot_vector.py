@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from toy_env import POINT, PointRobot
 
-gymnasium = pytest.importorskip("gymnasium")
 from diffalign_robot.choices import Gymnasium, MetaWorld
 from diffalign_robot.envs import make
 from diffalign_robot.vector import ChunkVectorEnv
-from toy_env import POINT, PointRobot
 
 
 def chunks(rng, envs, length=4, scale=1.0):

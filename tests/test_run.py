@@ -140,7 +140,8 @@ def test_mean_interval_equals_scipy(n):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: wilson(5, 4), "need 0 <= successes <= trials and trials > 0, got 5 of 4"), (lambda: wilson(0, 0), "got 0 of 0"),
+    (lambda: wilson(5, 4), "need 0 <= successes <= trials and trials > 0, got 5 of 4"),
+    (lambda: wilson(0, 0), "got 0 of 0"),
     (lambda: wilson(-1, 3), "got -1 of 3"), (lambda: mean_interval([1.0]), "at least two values, got 1")])
 def test_interval_refusals(call, message):
     with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ def test_shift_is_sd3_eq_23():
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 2, "shift": 0.0}, {"steps": 2, "shift": -1.0}])
 def test_schedule_refusals(options):
-    with pytest.raises(ValueError, match="must be at least 1, got 0|shift must be positive"):
+    with pytest.raises(ValueError, match=r"must be at least 1, got 0|shift must be positive"):
         Schedule(**options)
 
 

@@ -164,9 +164,12 @@ def test_gradcheck(surrogate):
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: PPOClip(low=0.0), "low must be positive, got 0.0"), (lambda: PPOClip(high=-1.0), "high must be positive"),
-    (lambda: PPOClip(step_rate=0.0), "step_rate must be positive"), (lambda: PPOClip(step_start=0.0), "step_start must"),
-    (lambda: PPOClip(low=1.0, unit="per_dim"), "leaves no lower limit"), (lambda: PPOClip(dual=1.0), "dual must exceed 1"),
-    (lambda: SimplePO(limit=0.0), "limit must be positive"), (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
+    (lambda: PPOClip(step_rate=0.0), "step_rate must be positive"),
+    (lambda: PPOClip(step_start=0.0), "step_start must"),
+    (lambda: PPOClip(low=1.0, unit="per_dim"), "leaves no lower limit"),
+    (lambda: PPOClip(dual=1.0), "dual must exceed 1"),
+    (lambda: SimplePO(limit=0.0), "limit must be positive"),
+    (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
     (lambda: evaluate(DivergenceGate(), [0.0], 1.0), "needs the exact KL of Gaussian steps")])
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from toys import MLPDenoiser, toy_policy
 from torch import nn
+from toys import MLPDenoiser, toy_policy
 
 from diffalign.diffusion import DDPM, FlowSDE, VPPath
 from diffalign.train import update
@@ -60,9 +60,13 @@ def test_ema_weights_are_swapped_in_and_out_again():
     state = TrainState.create({"policy": module}, {"policy": 1e-3}, ema_decay=0.9, seed=0)
     with torch.no_grad():
         module.w.fill_(5.0)
-    with pytest.raises(RuntimeError, match="inside"), state.ema_modules():
-        assert module.w.tolist() == [1.0, -1.0]
-        raise RuntimeError("inside")
+    def inside():
+        with state.ema_modules():
+            assert module.w.tolist() == [1.0, -1.0]
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        inside()
     assert module.w.tolist() == [5.0, 5.0]
     plain = TrainState.create({"policy": module}, {"policy": 1e-3}, seed=0)
     with plain.ema_modules():
@@ -171,7 +175,10 @@ def test_denoising_loss_is_the_mean_squared_error_to_the_target():
     torch.testing.assert_close(denoising_loss(policy, x0, cond, t, eps), expected)
 
 
-@pytest.mark.parametrize(("prediction", "kernel"), [("flow", FlowSDE(noise_level=0.3)), ("eps", DDPM()), ("x0", DDPM())])
+LEARNED = [("flow", FlowSDE(noise_level=0.3)), ("eps", DDPM()), ("x0", DDPM())]
+
+
+@pytest.mark.parametrize(("prediction", "kernel"), LEARNED)
 def test_pretraining_learns_a_conditional_distribution(prediction, kernel, generator):
     """Data: x = (c, -c) + 0.1 noise with c = +-1. After 200 steps the samples' means are right to 0.15."""
     path = VPPath(train_steps=20) if prediction != "flow" else None
@@ -196,5 +203,5 @@ def test_pretraining_learns_a_conditional_distribution(prediction, kernel, gener
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "batch_size": 0}, {"steps": 5, "learning_rate": 0.0}])
 def test_pretraining_refusals(options):
-    with pytest.raises(ValueError, match="must be at least 1, got 0|learning_rate must be positive"):
+    with pytest.raises(ValueError, match=r"must be at least 1, got 0|learning_rate must be positive"):
         Pretraining(**options)

@@ -34,8 +34,8 @@ class MLPDenoiser(nn.Module):
     def __init__(self, obs_dim: int = 1, prediction: Prediction = "flow", event: int = 2, hidden: int = 32) -> None:
         super().__init__()
         self.prediction = prediction
-        self.net = nn.Sequential(nn.Linear(event + 1 + obs_dim, hidden), nn.Mish(), nn.Linear(hidden, hidden), nn.Mish(),
-                                 nn.Linear(hidden, event))
+        self.net = nn.Sequential(nn.Linear(event + 1 + obs_dim, hidden), nn.Mish(), nn.Linear(hidden, hidden),
+                                 nn.Mish(), nn.Linear(hidden, event))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.net(torch.cat([x.flatten(1), t[:, None], cond["obs"]], 1)).reshape(x.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.cli import jobs, rendering
+from diffalign.cli.errors import USER_ERRORS
 from diffalign.cli.progress import ConsoleProgress
 
 
@@ -39,11 +41,16 @@ def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, st
     if resume:
         jobs.refuse_other_config(path, config_yaml)
     progress = ConsoleProgress(path.name)
-    started, resumed = time.time(), (path / "metrics.jsonl").exists()
+    started, existed, resumed = time.time(), path.exists(), (path / "metrics.jsonl").exists()
     run = Run.create(path, config_yaml, resume=resume, listener=progress)
-    run.writers = open_writers(loggers or {}, path)
-    with progress:
-        job.train(run)
+    try:
+        run.writers = open_writers(loggers or {}, path)
+        with progress:
+            job.train(run)
+    except USER_ERRORS:
+        if not existed and not (path / "metrics.jsonl").exists():
+            shutil.rmtree(path)  # nothing ran (a missing base, for instance): the same command must work once mended
+        raise
     run.write_json("finished.json", {"seconds": round(time.time() - started, 1), "resumed": resumed})
     return report.write(path)
 

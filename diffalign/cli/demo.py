@@ -38,9 +38,12 @@ DEMOS = {
 }
 
 
+_THREADS = 2  # the models are so small that more threads only wait for each other
+
+
 def demo(args: argparse.Namespace) -> int:
     """`diffalign demo [robot|image]`: every stage in its own run folder; finished stages are kept."""
-    prepare(args.threads)
+    prepare(_THREADS if args.threads is None else args.threads)
     pages = [_run(domain, Path(args.out), args.seed) for domain in ([args.domain] if args.domain else list(DEMOS))]
     say("open in a browser: " + ", ".join(str(page) for page in pages))
     return 0

@@ -148,7 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
         if command.json:
             own.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         if command.threads:
-            own.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: its own choice)")
+            own.add_argument(
+                "--threads", type=int, metavar="N", help="CPU threads of torch (default: its own choice; demo: 2)"
+            )
         own.add_argument("--traceback", action="store_true", help="show where an error was raised")
     return parser
 

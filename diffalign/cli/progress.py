@@ -47,8 +47,6 @@ class ConsoleProgress:
             )
             self.task = self.bar.add_task(self.title, total=None, pace="", shown="starting")
             self.bar.start()
-        else:
-            self.console.print(f"{self.title}: starting", highlight=False)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

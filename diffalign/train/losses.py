@@ -16,7 +16,6 @@ from diffalign.policy.protocols import Denoiser, select_rows
 from diffalign.rl.likelihoods import ExampleSet, Rows, Scored
 from diffalign.rl.regularizers import reference_kl, velocity_mse
 from diffalign.rl.rollouts import Rollout
-from diffalign.train import distributed
 from diffalign.train.pieces import OnPolicy
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.supervised import Batch, denoising_loss
@@ -109,5 +108,4 @@ def cloning_loss(pieces: OnPolicy, policy: DiffusionPolicy, demonstrations: Batc
     t = grid[torch.randint(len(grid), (x0.shape[0],), generator=generator, device=x0.device)]
     eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     error = denoising_loss(policy, x0, cond, t, eps).mean()
-    weight = pieces.behavior_cloning / distributed.world_size()
-    return weight * error, {"behavior_cloning": float(error.detach())}
+    return pieces.behavior_cloning * error, {"behavior_cloning": float(error.detach())}

@@ -104,7 +104,8 @@ def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, 
                 losses += [(weight, partial(policy_loss, pieces, policy, examples, part, held, not collected))
                            for weight, part in _microbatches(index, plan.microbatch_rows)]
                 if demonstrations is not None and pieces.behavior_cloning:
-                    losses.append((1.0, partial(cloning_loss, pieces, policy, demonstrations, state.generator)))
+                    share = 1 / distributed.world_size()  # every rank draws the same demonstrations
+                    losses.append((share, partial(cloning_loss, pieces, policy, demonstrations, state.generator)))
             if pieces.needs_critic and estimate.target is not None:
                 decisions = decisions[kept[decisions]]
                 losses += [(weight, partial(value_loss, pieces, rollout, estimate.target, part, state))

@@ -17,7 +17,7 @@ from diffalign.train import checkpoint
 from diffalign.train.state import TrainState
 
 Listener = Callable[[int, Mapping[str, float], str, int | None], None]
-_FIRST = ("environment.json", ".environment.json.partial", ".config.yaml.partial")  # all that a kill in create leaves
+_FIRST = (".config.yaml.partial",)  # all that a kill in create leaves
 _PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "gymnasium", "mujoco", "metaworld")
 
 
@@ -61,8 +61,9 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, listener=listener, writers=writers)
         if not config.exists():
-            run.write_json("environment.json", environment())
             _replace(config, config_yaml)
+        if not (path / "environment.json").exists():
+            run.write_json("environment.json", environment())
         return run
 
     def folder(self, name: str) -> Path:

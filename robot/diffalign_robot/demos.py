@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Demonstrations:
 
         Raises: ValueError if no episode is as long as a chunk.
         """
-        starts = torch.cat([torch.arange(end - length, end - chunk + 1) for length, end
+        starts = torch.cat([torch.arange(end - length, max(end - length, end - chunk + 1)) for length, end
                             in zip(self.lengths.tolist(), self.lengths.cumsum(0).tolist())])
         if len(starts) == 0:
             raise ValueError(f"no demonstration is as long as a chunk of {chunk} (longest: {int(self.lengths.max())})")
@@ -79,7 +80,13 @@ def scripted_expert(spec: Environment) -> Callable[[], Expert]:
 
     def build() -> Expert:
         expert = policy()
-        return lambda obs: np.asarray(expert.get_action(obs.astype(np.float64)), np.float32)
+
+        def act(obs: Array) -> Array:
+            with warnings.catch_warnings():  # "Constant(s) may be too high": actions are clipped below
+                warnings.simplefilter("ignore")
+                return np.asarray(expert.get_action(obs.astype(np.float64)), np.float32)
+
+        return act
 
     return build
 
