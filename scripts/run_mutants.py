@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("diffalign", "tests", "robot", "image", "configs", "pyproject.toml", "README.md")
@@ -53,30 +51,61 @@ def read(file: Path) -> list[Mutant]:
     return found
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """(pytest's exit status, its output) of tests in a copy of the tree."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(tree / part) for part in (".", "robot", "image")),
-                   "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+def preload() -> None:
+    """Import what every test needs except the project, so that each mutant costs a fork and not an import."""
+    import pydantic  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # pulls in the slow half of torch
 
 
-def verdict(mutant: Mutant, tree: Path) -> str:
-    """'killed', or what is wrong. pytest exits 1 when a test failed; an error on collection does not count."""
-    target = tree / mutant.file
-    original = target.read_text()
-    count = original.count(mutant.fragment)
-    if count != 1:
-        return f"the fragment occurs {count} times"
-    target.write_text(original.replace(mutant.fragment, mutant.replacement))
+def start(tree: Path, tests: tuple[str, ...]) -> int:
+    """The id of a forked process that runs tests in a copy of the tree and exits with pytest's status."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
     try:
-        status, output = run_tests(tree, mutant.tests)
-    finally:
-        target.write_text(original)
+        status = run_tests(tree, tests)
+    except BaseException:
+        traceback.print_exc()
+    finally:  # never unwind into the parent's clean-up
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> int:
+    """pytest's exit status, with its output in tree/log; for a forked process."""
+    import pytest
+
+    os.chdir(tree)
+    log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    paths = [str(tree / part) for part in (".", "robot", "image")]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that a test starts
+    sys.dont_write_bytecode = True
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]))
+
+
+def swap(mutant: Mutant, tree: Path, old: str, new: str) -> int:
+    """How often `old` occurs in the mutant's file of a copy; replaced by `new` if once."""
+    target = tree / mutant.file
+    text = target.read_text()
+    if text.count(old) == 1:
+        target.write_text(text.replace(old, new))
+    return text.count(old)
+
+
+def verdict(status: int, tree: Path) -> str:
+    """pytest exits with 1 when a test failed; an error before the tests does not count as a kill."""
     if status == 1:
         return "killed"
-    return "SURVIVED" if status == 0 else f"pytest exited with {status}: {output[-400:]}"
+    return "SURVIVED" if status == 0 else f"pytest exited with {status}: {(tree / 'log').read_text()[-600:]}"
 
 
 def copy_tree(to: Path) -> Path:
@@ -90,34 +119,47 @@ def copy_tree(to: Path) -> Path:
     return to
 
 
+def run(mutants: list[Mutant], trees: list[Path]) -> int:
+    """How many of the mutants were killed; one runs in each tree at a time."""
+    pristine = {mutant.file: (trees[0] / mutant.file).read_text() for mutant in mutants}
+    waiting, running, killed = list(mutants), {}, 0
+    while waiting or running:
+        while waiting and trees:
+            mutant, tree = waiting.pop(0), trees.pop()
+            count = swap(mutant, tree, mutant.fragment, mutant.replacement)
+            if count != 1:
+                print(f"{mutant}\n      the fragment occurs {count} times", flush=True)
+                trees.append(tree)
+            else:
+                running[start(tree, mutant.tests)] = (mutant, tree)
+        if not running:
+            continue
+        pid, status = os.wait()
+        mutant, tree = running.pop(pid)
+        result = verdict(os.waitstatus_to_exitcode(status), tree)
+        (tree / mutant.file).write_text(pristine[mutant.file])
+        trees.append(tree)
+        killed += result == "killed"
+        print(f"{mutant}\n      {result}", flush=True)
+    return killed
+
+
 def main(words: list[str]) -> int:
-    """Run the chosen mutants in two processes and report."""
+    """Check that the tests pass, run the chosen mutants in two processes, and report."""
     every = read(ROOT / "tests" / "mutants.txt")
     mutants = [m for m in every if all(word in f"{m.file} {' '.join(m.tests)}" for word in words)]
     started = time.monotonic()
+    preload()
     with tempfile.TemporaryDirectory(prefix="diffalign_mutants_") as folder:
-        trees: Queue[Path] = Queue()
-        for worker in range(WORKERS):
-            trees.put(copy_tree(Path(folder) / str(worker)))
+        trees = [copy_tree(Path(folder) / str(worker)) for worker in range(WORKERS)]
         tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-        status, output = run_tests(Path(folder) / "0", tests)
-        if status != 0:
-            print(f"the named tests do not pass without a mutant:\n{output[-3000:]}")
+        _, status = os.waitpid(start(trees[0], tests), 0)
+        if status:
+            print(f"the named tests do not pass without a mutant:\n{(trees[0] / 'log').read_text()[-3000:]}")
             return 1
-
-        def judge(mutant: Mutant) -> bool:
-            tree = trees.get()
-            try:
-                result = verdict(mutant, tree)
-            finally:
-                trees.put(tree)
-            print(f"{mutant}\n      {result}", flush=True)
-            return result == "killed"
-
-        with ThreadPoolExecutor(WORKERS) as pool:
-            killed = list(pool.map(judge, mutants))
-    print(f"{sum(killed)} of {len(killed)} mutants killed in {time.monotonic() - started:.0f} s")
-    return 0 if all(killed) and killed else 1
+        killed = run(mutants, trees)
+    print(f"{killed} of {len(mutants)} mutants killed in {time.monotonic() - started:.0f} s")
+    return 0 if killed == len(mutants) > 0 else 1
 
 
 if __name__ == "__main__":

@@ -188,6 +188,22 @@ def test_a_new_learning_rate_does_not_sneak_in(tmp_path):
     assert [g["lr"] for g in fresh.optimizer.param_groups] == [1e-3, 0.125]
 
 
+def test_counters_travel(tmp_path):
+    state = small()
+    assert state.count("environment_steps", 100.0) == 100
+    assert state.count("environment_steps", 28.0) == 128
+    fresh = small()
+    checkpoint.load(checkpoint.save(tmp_path, state), fresh)
+    assert fresh.counters == {"environment_steps": 128}
+
+
+def test_shapes_are_read_without_loading(tmp_path):
+    shapes = checkpoint.shapes(checkpoint.save(tmp_path, small(roles=("policy",))))
+    assert shapes["policy.0.weight"] == (4, 2)
+    assert shapes["policy.1.running_mean"] == (4,)
+    assert all(name.startswith("policy.") for name in shapes)
+
+
 ITERATIONS = 30
 
 

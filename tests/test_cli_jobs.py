@@ -92,3 +92,18 @@ def test_demo_runs_every_stage_once(
     assert capsys.readouterr().err.count("already done") == 3
     assert main([*words[:-1], "3"]) == 2
     assert "(seed: 2 -> 3)" in capsys.readouterr().err
+
+
+def test_the_image_demo_ends_in_grids_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["evaluation.prompts=2", "evaluation.images_per_prompt=1", "evaluation.kl_images=2", "schedule.steps=2"]
+    pretrain = ["pretraining.steps=2", "pretraining.batch_size=2", "model.channels=[16]"]
+    align = ["iterations=1", "prompts_per_update=2", "images_per_prompt=2", "trained={}", "evaluate_every=null"]
+    stages = zip(demo.DEMOS["image"], (pretrain, align), strict=True)
+    tiny = [demo.Stage(stage.config, stage.suffix, stage.what, (*small, *more)) for stage, more in stages]
+    monkeypatch.setitem(demo.DEMOS, "image", tuple(tiny))
+    assert main(["demo", "image", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "demo-image/report.html").read_text()
+    assert page.index("<figcaption>Before") < page.index("<figcaption>After")
+    assert page.count("data:image/png;base64,") == 2
+    assert 'href="../demo-image-pretrain/report.html"' in page
+    assert "KL to base (nats)" in page

@@ -67,7 +67,7 @@ def test_report_shows_before_and_after(run: Path) -> None:
 
 def test_report_is_complete_and_self_contained(run: Path) -> None:
     page = page_of(run)
-    texts = ["seed 5", "3 min 20 s", "9 iterations", "Training curves", "Evaluations during training", "reward/mean"]
+    texts = ["seed 5", "3 min 20 s", "9 iterations", "Training curves", "<h2>Evaluations</h2>", "reward/mean"]
     texts += ["ddpm(10 steps, stochastic), episodes 100, seed 7", "torch 2.10.0", 'href="config.yaml"']
     for text in texts:
         assert text in page
@@ -92,6 +92,17 @@ def test_report_is_well_formed(run: Path) -> None:
 
     Checker().feed(page_of(run))
     assert open_tags == []
+
+
+def test_train_metrics_and_evaluations_are_apart(run: Path) -> None:
+    page = page_of(run)
+    assert page.count("<h2>Evaluations</h2>") == 1
+    assert page.count('aria-label="success_rate"') == 0  # the files of evaluations/ have the intervals as well
+    for file in (run / "evaluations").iterdir():
+        file.unlink()
+    page = page_of(run)
+    train, evaluations = page.index("<h2>Training curves</h2>"), page.index("<h2>Evaluations</h2>")
+    assert train < page.index('aria-label="loss"') < evaluations < page.index('aria-label="success_rate"')
 
 
 def test_report_of_a_run_that_just_began(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diffalign_image.text import encode_captions
 
 TINY = ShapesModel(channels=(8, 16), text_channels=32, text_layers=1)
 QUICK = Evaluation(prompts=3, images_per_prompt=2, kl_images=2)
-CAPTIONS = ["a red circle above a blue square", "a cyan cross left of a green triangle"]
+CAPTIONS = ["a red circle above a blue square", "a yellow square left of a green triangle"]
 
 
 @pytest.fixture(scope="module")

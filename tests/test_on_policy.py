@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -219,7 +220,14 @@ def test_reward_metrics_are_those_of_the_returns():
     source = Constant(PromptBandit(), lambda rollout: seen.append(rollout.reward[0]) or rollout)
     (metrics,) = run(FlowGRPO().compose(), policy, source, state, 1)
     assert metrics["reward/mean"] == pytest.approx(seen[0].mean().item())
-    assert metrics["reward/std"] == pytest.approx(seen[0].std().item())
+    assert metrics["reward/std"] == pytest.approx(seen[0].std(correction=0).item())
+
+
+def test_a_single_environment_has_finite_metrics():
+    policy, state = setup(DDPM(min_std=0.1), "eps", critic=True)
+    (metrics,) = run(DPPO().compose(), policy, PointMass(episodes=1), state, 1)
+    assert metrics["reward/std"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_negative_and_positive_advantages_move_the_density_their_way():

@@ -48,28 +48,33 @@ def doctor(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Versions, devices, threads, extras and renderers as one JSON-able object."""
-    import torch
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
         extras = dict(zip(EXTRAS, pool.map(_extra, EXTRAS, EXTRAS.values()), strict=True))
         pictures = list(pool.map(_renderer, rendering.FIXES)) if extras["robot"]["usable"] else []
     renderers = dict(zip(rendering.FIXES, pictures)) if pictures else {}
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        gpus.append("Apple MPS")
     return {
         "diffalign": diffalign.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerators": gpus,
+        **_torch(),
         "extras": extras,
         "renderers": renderers,
         "renderer": next((name for name, result in renderers.items() if result["usable"]), None),
         "MUJOCO_GL": os.environ.get("MUJOCO_GL"),
     }
+
+
+def _torch() -> dict[str, Any]:
+    """Threads and accelerators, or why torch (the one hard dependency that breaks) cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {"torch": f"not usable: {error}", "threads": None, "accelerators": []}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    apple = ["Apple MPS"] if torch.backends.mps.is_available() else []
+    return {"torch": "usable", "threads": torch.get_num_threads(), "accelerators": gpus + apple}
 
 
 def _renderer(backend: str) -> dict[str, Any]:
@@ -99,7 +104,8 @@ def as_text(found: dict[str, Any]) -> str:
     rows = [
         ("diffalign", f"{found['diffalign']} on Python {found['python']}, {found['platform']}"),
         ("packages", versions),
-        ("processor", f"{found['cpu_cores']} cores, torch uses {found['threads']} threads"),
+        ("processor", f"{found['cpu_cores']} cores"),
+        ("torch", f"{found['torch']}, {found['threads']} threads"),
         ("accelerators", ", ".join(found["accelerators"]) or "none (CPU only)"),
     ]
     rows += [(f"[{name}]", _verdict(result)) for name, result in found["extras"].items()]

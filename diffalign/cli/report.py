@@ -52,11 +52,7 @@ def write(run: Path) -> Path:
             "Training curves",
             f"{measured_on} Over {steps}; no substitute for the evaluations.",
         ),
-        _curves(
-            [r for r in records if r["phase"] != "train"],
-            "Evaluations during training",
-            f"Measured apart from training. Over {steps}.",
-        ),
+        "" if evaluations else _curves([r for r in records if r["phase"] != "train"], "Evaluations", f"Over {steps}."),
         _config_section(run, config),
         _environment_section(run),
     ]
@@ -128,7 +124,8 @@ def _media(run: Path) -> str:
     rest = [path for path in found if path not in pair]
     if not found:
         return ""
-    shown = f'<div class="pair">{"".join(map(_figure, pair))}</div>' if pair else ""
+    width = "pair" if len(pair) > 1 else "single"
+    shown = f'<div class="{width}">{"".join(map(_figure, pair))}</div>' if pair else ""
     if rest:
         strip = f'<div class="strip">{"".join(map(_figure, rest))}</div>'
         shown += f"<details><summary>{len(rest)} more</summary>{strip}</details>" if pair else strip

@@ -75,13 +75,16 @@ def _estimate(pieces: OnPolicy, rollout: Rollout, state: TrainState) -> tuple[Es
     estimate = pieces.advantage(outcome, state.statistics)
     state.statistics = dict(estimate.statistics)
     chosen = estimate.advantage[outcome.valid]
-    metrics = {"reward/mean": float(outcome.episode_return.mean()), "reward/std": float(outcome.episode_return.std()),
-               "advantage/std": float(chosen.std()), "advantage/zero_fraction": float((chosen == 0).float().mean())}
+    returns = outcome.episode_return
+    metrics = {"reward/mean": float(returns.mean()), "reward/std": float(returns.std(correction=0)),
+               "advantage/std": float(chosen.std(correction=0)),
+               "advantage/zero_fraction": float((chosen == 0).float().mean())}
     own = distributed.own_columns
     target = None if estimate.target is None else own(estimate.target)
     if estimate.target is not None and value is not None:
-        spread = (estimate.target - value)[outcome.valid].var()
-        metrics["value/explained"] = float(1 - spread / estimate.target[outcome.valid].var().clamp(min=1e-12))
+        left = (estimate.target - value)[outcome.valid].var(correction=0)
+        total = estimate.target[outcome.valid].var(correction=0)
+        metrics["value/explained"] = float(1 - left / total.clamp(min=1e-12))
     return Estimate(own(estimate.advantage), target, estimate.statistics), metrics
 
 

@@ -38,8 +38,8 @@ class Evaluation:
     The same seed before and after training gives the same captions and the same initial noise.
     """
 
-    prompts: int = 128
-    images_per_prompt: int = 2
+    prompts: int = 64
+    images_per_prompt: int = 4
     split: Split = "held_out"
     seed: int = 1000
     kl_images: int = 64

@@ -1,6 +1,6 @@
 """Reads colors, shapes and their relation off the pixels and compares them with a caption.
 
-Legend: N images, O = 2 stated objects, S = 4 shapes, H = W = 32 pixels.
+Legend: N images, O = 2 stated objects, S shapes, H = W = 32 pixels.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _centroid(masks: Tensor, area: Tensor) -> Tensor:
     return torch.stack([(masks.sum(2) @ grid) / weight, (masks.sum(3) @ grid) / weight], -1)
 
 
-def _overlaps(masks: Tensor, center: Tensor, area: Tensor) -> Float[Tensor, "N 2 4"]:
+def _overlaps(masks: Tensor, center: Tensor, area: Tensor) -> Float[Tensor, "N 2 S"]:
     n = masks.shape[0]
     kinds = torch.arange(len(SHAPES)).expand(n, 2, len(SHAPES))
     template = coverage(center[:, :, None].expand(n, 2, len(SHAPES), 2), area[:, :, None].expand_as(kinds), kinds)
