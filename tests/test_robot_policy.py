@@ -66,7 +66,7 @@ def test_demonstrations_survive_a_file_and_a_missing_one_names_the_command(tmp_p
     for name in ("obs", "action", "lengths", "success"):
         torch.testing.assert_close(getattr(again, name), getattr(data, name), rtol=0, atol=0)
     assert json.loads((tmp_path / "demonstrations.json").read_text())["success_rate"] == 1.0
-    with pytest.raises(ValueError, match="diffalign train configs/robot/pick_place_collect.yaml"):
+    with pytest.raises(ValueError, match=r"diffalign train configs/robot/pick_place_collect\.yaml"):
         Demonstrations.load(tmp_path / "nowhere")
 
 
@@ -77,7 +77,7 @@ def test_scripted_experts_solve_their_task_and_are_refused_elsewhere():
     assert all(len(obs) == len(action) < 100 for obs, action, _ in clean)  # success ends the episode
     noisy = next(iter(collect(spec, scripted_expert(spec), seeds=[0], action_noise=0.5, noise_seed=0)))
     assert not np.array_equal(noisy[1][:5], clean[0][1][:5])
-    with pytest.raises(ValueError, match="scripted experts exist for Meta-World only, got environment type 'gymnasium'"):
+    with pytest.raises(ValueError, match="for Meta-World only, got environment type 'gymnasium'"):
         scripted_expert(Gymnasium(id=POINT))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 
 import pytest
 import torch
@@ -61,10 +62,12 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
         Run.create(tmp_path, CONFIG, resume=False)
 
 
-@pytest.mark.parametrize("leftover", ["environment.json", ".config.yaml.partial", ".environment.json.partial"])
+@pytest.mark.parametrize("leftover", [{".config.yaml.partial": "type: ro"}, {"config.yaml": CONFIG},
+                                      {"config.yaml": CONFIG, ".environment.json.partial": "{"}], ids=list)
 def test_a_folder_killed_while_it_was_made_can_be_used(tmp_path, leftover):
-    """SIGKILL between the first files and config.yaml must not make the same command fail for ever."""
-    (tmp_path / leftover).write_text("{}")
+    """SIGKILL at any moment of `create` must not make the same command fail for ever."""
+    for name, text in leftover.items():
+        (tmp_path / name).write_text(text)
     run = Run.create(tmp_path, CONFIG, resume=True)
     assert (run.path / "config.yaml").read_text() == CONFIG
     assert "torch" in json.loads((run.path / "environment.json").read_text())["packages"]
@@ -120,6 +123,11 @@ def test_writers(tmp_path):
         open_writers({"csv": ""}, tmp_path)
     with pytest.raises(ValueError, match="mode must be 'online' or 'offline', got 'sometimes'"):
         open_writers({"wandb": "sometimes"}, tmp_path)
+
+
+def test_tests_cannot_use_the_network():
+    with pytest.raises(OSError, match=r"must not use the network, got a connection to 192\.0\.2\.1"):
+        socket.create_connection(("192.0.2.1", 80), timeout=0.1)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 7), (1, 7), (33, 100), (88, 100), (50, 50), (1, 1)])

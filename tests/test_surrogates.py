@@ -134,6 +134,25 @@ def test_the_gate_measures_kl_old_new():
         assert held_high.item() == held
 
 
+@pytest.mark.parametrize("surrogate", [PPOClip(), PPOClip(unit="per_dim", dual=2.0), SimplePO(), DivergenceGate()],
+                         ids=repr)
+def test_a_row_does_not_depend_on_the_others(surrogate):
+    """GRPO-Guard's code reduces its correction over the batch as well (image_peers 2.6); here every row is alone."""
+    draw = torch.Generator().manual_seed(0)
+    log_ratio, advantage = torch.randn(2, 6, generator=draw, dtype=torch.float64)
+    mean = torch.randn(6, D, generator=draw, dtype=torch.float64)
+
+    def of(rows):
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        pair = Gaussian(torch.zeros_like(mean[rows]), ones), Gaussian(0.2 * mean[rows], ones)
+        return evaluate(surrogate, log_ratio[rows], advantage[rows], gaussians=pair)
+
+    together = of(list(range(6)))
+    for row in range(6):
+        for one, every in zip(of([row]), together):
+            torch.testing.assert_close(one[0], every[row])
+
+
 def test_step_factor_is_dppo_schedule():
     """start + (1 - start) (e^(rate p) - 1) / (e^rate - 1): 0.1 at the noisiest step, 1 at the last."""
     p = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)

@@ -172,7 +172,8 @@ def _euler_maruyama(x: Tensor, x0: Tensor, eps: Tensor, now: Level, nxt: Level, 
 class CPS:
     """Coefficient-preserving sampling (Wang & Yu 2025, arXiv 2509.05952): s = sigma' sin(a pi / 2).
 
-    mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps keeps the exact marginal at every step and is noiseless at sigma' = 0.
+    mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps keeps the noise level exact at every step given x0 (FlowSDE does
+    not) and is noiseless at sigma' = 0. With an uncertain x0, large steps shrink the spread of the samples.
     Departure: the log-density is the true one (the authors' code drops the variance).
     """
 

@@ -64,14 +64,15 @@ def load(path: Path, state: TrainState) -> None:
     Raises: ValueError if the checkpoint belongs to another structure, naming the first differing entry.
     """
     record = json.loads((path / "state.json").read_text())
+    if (state.ema is not None) != ("ema_updates" in record):
+        raise ValueError(f"{path}: checkpoint and run disagree on whether an EMA is kept; set the same ema_decay")
+    _require_same_groups(state.optimizer, record["optimizer"], path)
     load_modules(path, state.modules)
     training = load_file(path / "training.safetensors")
-    _unpack_optimizer(state.optimizer, training, record["optimizer"], path)
+    _unpack_optimizer(state.optimizer, training, record["optimizer"])
     state.statistics = {name.removeprefix("statistics."): tensor for name, tensor in training.items()
                         if name.startswith("statistics.")}
     state.generator.set_state(training["generator"])
-    if (state.ema is not None) != ("ema_updates" in record):
-        raise ValueError(f"{path}: checkpoint and run disagree on whether an EMA is kept; set the same ema_decay")
     if state.ema is not None:
         state.ema.updates = record["ema_updates"]
         for name, weight in state.ema.weights.items():
@@ -124,12 +125,15 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, {"groups": groups}
 
 
-def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any],
-                      path: Path) -> None:
+def _require_same_groups(optimizer: torch.optim.Optimizer, record: Mapping[str, Any], path: Path) -> None:
+    own, stored = ([group["name"] for group in groups] for groups in (optimizer.param_groups, record["groups"]))
+    if own != stored:
+        raise ValueError(f"{path}: the optimizer groups are {stored} in the checkpoint and {own} in the run")
+
+
+def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+                      ) -> None:
     packed = optimizer.state_dict()
-    if [group["name"] for group in packed["param_groups"]] != [group["name"] for group in record["groups"]]:
-        raise ValueError(f"{path}: the optimizer groups are {[g['name'] for g in record['groups']]} in the checkpoint "
-                         f"and {[g['name'] for g in packed['param_groups']]} in the run")
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
