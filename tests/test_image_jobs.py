@@ -10,7 +10,6 @@ import torch
 from diffalign import config
 from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
 from diffalign.diffusion import CPS, ODE, FlowPath, Schedule
-from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.rl.surrogates import PPOClip
 from diffalign.train.on_policy import Optimization
@@ -19,7 +18,7 @@ from diffalign.train.supervised import Pretraining
 from diffalign_image import pipeline
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
 from diffalign_image.jobs import ImageAlign, ImagePretrain
-from diffalign_image.model import EVENT, ShapesModel, TextUNet, build
+from diffalign_image.model import EVENT, ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.rewards import Jpeg, Verifiable
 from diffalign_image.shapes import parse
@@ -47,7 +46,7 @@ def policy_of(parts: Parts, steps: int = 4, shift: float = 1.0) -> DiffusionPoli
 
 def pretraining_job(steps: int = 3) -> ImagePretrain:
     return ImagePretrain(model=TINY, pretraining=Pretraining(steps=steps, batch_size=4, warmup_steps=1),
-                         layout_steps=1, schedule=Schedule(steps=3), evaluation=QUICK, log_every=1, checkpoint_every=2)
+                         schedule=Schedule(steps=3), evaluation=QUICK, log_every=1, checkpoint_every=2)
 
 
 def alignment_job(base: Path, iterations: int, **changes: object) -> ImageAlign:
@@ -209,23 +208,6 @@ def test_pretraining_writes_a_complete_run_and_resumes_to_the_same_weights(base:
     assert lines(path, "train") == lines(base, "train")
 
 
-def test_layout_steps_see_pure_noise_and_the_rest_the_whole_schedule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-                                                                     ) -> None:
-    times: list[set[float]] = []
-    forward = TextUNet.forward
-
-    def spy(self: TextUNet, x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            times.append({round(value, 3) for value in t.tolist()})
-        return forward(self, x, t, cond)
-
-    monkeypatch.setattr(TextUNet, "forward", spy)
-    plan = Pretraining(steps=4, batch_size=16, warmup_steps=1, time="grid")
-    start(tmp_path / "run", replace(pretraining_job(), pretraining=plan, layout_steps=2))
-    assert times[:2] == [{1.0}, {1.0}]
-    assert times[2] | times[3] == {1.0, 0.667, 0.333}
-
-
 def test_alignment_moves_the_model_reports_kl_and_resumes_exactly(base: Path, tmp_path: Path) -> None:
     job = alignment_job(base, 2)
     path = start(tmp_path / "whole", job).path
@@ -280,8 +262,6 @@ def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:
         alignment_job(base, 1).evaluate(Run(tmp_path / "empty"), seed=0, episodes=None, sampler=None)
     with pytest.raises(ValueError, match="sampler must be"):
         pretraining_job().evaluate(Run(base), seed=0, episodes=None, sampler="zero_noise")
-    with pytest.raises(ValueError, match="layout_steps must lie in"):
-        replace(pretraining_job(), layout_steps=4)
     with pytest.raises(ValueError, match="multiples of 8"):
         ShapesModel(channels=(12,))
     with pytest.raises(ValueError, match="needs images divisible by"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from diffalign.spec import spec
 from diffalign.train import checkpoint
 from diffalign.train.on_policy import optimize
 from diffalign.train.run import Run
-from diffalign.train.state import Iteration, TrainState, frozen_copy
-from diffalign.train.supervised import Batch, Pretraining, fit
+from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.supervised import Pretraining, fit
 from diffalign_image import pipeline
 from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
 from diffalign_image.model import EVENT, JointDenoiser, ShapesModel, TextUNet, build
@@ -37,26 +36,17 @@ _GRID = 32  # pictures in the grids that training writes
 class ImagePretrain:
     """Flow matching from scratch on captioned shapes; text encoder and U-Net learn together.
 
-    schedule is the sampler of evaluations (ODE). The first layout_steps of the training steps see pure noise only
-    (t = 1): there the caption is all there is, so the text encoder learns who stands where; at lower noise the image
-    itself tells, and captions stay bags of words for thousands of steps. A checkpoint is written every
-    checkpoint_every steps.
+    schedule is the sampler of evaluations (ODE). A checkpoint is written every checkpoint_every steps.
     """
 
     type: Literal["image_pretrain"] = "image_pretrain"
     seed: int = 0
     model: ShapesModel = ShapesModel()
     pretraining: Pretraining
-    layout_steps: int = 0
     schedule: Schedule = Schedule(steps=8)
     evaluation: Evaluation = Evaluation()
     log_every: int = 20
     checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.layout_steps <= self.pretraining.steps:
-            raise ValueError(f"layout_steps must lie in 0..{self.pretraining.steps} (pretraining.steps), "
-                             f"got {self.layout_steps}")
 
     def train(self, run: Run) -> None:
         """Pre-train or go on, evaluate, write the pipeline folder and a grid of pictures."""
@@ -69,7 +59,7 @@ class ImagePretrain:
             images, captions = training_batch(self.pretraining.batch_size, generator)
             return images, {"tokens": tokenize(tokenizer, captions)}
 
-        for iteration in self._fit(joint, batch, state):
+        for iteration in fit(self.pretraining, _policy(joint, self.schedule, ODE()), batch, state):
             if iteration.step % self.log_every == 0 or iteration.step == self.pretraining.steps:
                 run.log(iteration.step, iteration.metrics)
             if iteration.step % self.checkpoint_every == 0 or iteration.step == self.pretraining.steps:
@@ -90,15 +80,6 @@ class ImagePretrain:
         parts = self._parts(run)
         policy = _policy(parts.denoiser, self.schedule, ODE())
         return [_grid(policy, parts, self.evaluation, out, "samples", seed, count)]
-
-    def _fit(self, joint: JointDenoiser, batch: Batch, state: TrainState) -> Iterator[Iteration]:
-        """The layout steps, then the rest, on one learning-rate curve."""
-        pure_noise = replace(self.pretraining, time="grid"), Schedule(steps=1)
-        for plan, schedule, stop in ((*pure_noise, self.layout_steps),
-                                     (self.pretraining, self.schedule, self.pretraining.steps)):
-            steps = fit(plan, _policy(joint, schedule, ODE()), batch, state)
-            while state.step < stop:
-                yield next(steps)
 
     def _state(self, joint: JointDenoiser) -> TrainState:
         plan = self.pretraining
