@@ -64,6 +64,7 @@ def load(path: Path, state: TrainState) -> None:
     Raises: ValueError if the checkpoint belongs to another structure, naming the first differing entry.
     """
     record = json.loads((path / "state.json").read_text())
+    require_same_modules(path, state.modules)
     if (state.ema is not None) != ("ema_updates" in record):
         raise ValueError(f"{path}: checkpoint and run disagree on whether an EMA is kept; set the same ema_decay")
     _require_same_groups(state.optimizer, record["optimizer"], path)
@@ -86,24 +87,31 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module], *, prefer_ema: bo
 
     Raises: ValueError if a module's names or shapes differ from the checkpoint's.
     """
+    require_same_modules(path, modules)
     stored = load_file(path / "modules.safetensors")
     for role, module in modules.items():
-        own = {name.removeprefix(f"{role}."): tensor for name, tensor in stored.items() if name.startswith(f"{role}.")}
-        expected = module.state_dict()
-        for name in sorted(set(own) ^ set(expected)):
-            side = "is not in the checkpoint" if name in expected else "is not in the module"
-            raise ValueError(f"{path}: {role}.{name} {side}; build the module from the run's own config.yaml")
-        for name, tensor in expected.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{path}: {role}.{name} has shape {tuple(own[name].shape)} in the checkpoint and "
-                                 f"{tuple(tensor.shape)} in the module")
-        module.load_state_dict(own)
+        module.load_state_dict({name: stored[f"{role}.{name}"] for name in module.state_dict()})
     if prefer_ema and "policy" in modules:
         training = load_file(path / "training.safetensors")
         with torch.no_grad():
             for name, parameter in modules["policy"].named_parameters():
                 if f"ema.{name}" in training:
                     parameter.copy_(training[f"ema.{name}"])
+
+
+def require_same_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Raises: ValueError naming the first module entry whose name or shape differs from the checkpoint's."""
+    stored = shapes(path)
+    for role, module in modules.items():
+        own = {name.removeprefix(f"{role}."): shape for name, shape in stored.items() if name.startswith(f"{role}.")}
+        expected = module.state_dict()
+        for name in sorted(set(own) ^ set(expected)):
+            side = "is not in the checkpoint" if name in expected else "is not in the module"
+            raise ValueError(f"{path}: {role}.{name} {side}; build the module from the run's own config.yaml")
+        for name, tensor in expected.items():
+            if tuple(tensor.shape) != own[name]:
+                raise ValueError(f"{path}: {role}.{name} has shape {own[name]} in the checkpoint and "
+                                 f"{tuple(tensor.shape)} in the module")
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
