@@ -19,7 +19,7 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import select_rows
 from diffalign.rl.advantages import group_normalized
 from diffalign_image import pipeline
-from diffalign_image.model import EVENT
+from diffalign_image.autoencoder import decode_latents
 from diffalign_image.rewards import Jpeg, Verifiable
 from diffalign_image.source import training_prompts
 
@@ -32,11 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", help="run folder of an image model")
     parts = pipeline.load(parser.parse_args().run)
-    policy = DiffusionPolicy(parts.denoiser, FlowPath(), CPS(noise_level=0.8), Schedule(steps=8, shift=3.0), EVENT)
+    policy = DiffusionPolicy(parts.denoiser, FlowPath(), CPS(noise_level=0.8), Schedule(steps=8, shift=3.0),
+                             parts.denoiser.event)
     source = training_prompts(parts, Verifiable(), prompts=PROMPTS, images_per_prompt=IMAGES)
     rollout = source.collect(policy, generator=torch.Generator().manual_seed(5))
     path = rollout.trajectory
-    rewards = {"verifiable": rollout.reward[0], "jpeg": Jpeg()(path.sample, [])}
+    rewards = {"verifiable": rollout.reward[0], "jpeg": Jpeg()(decode_latents(parts.autoencoder, path.sample), [])}
     advantages = {name: group_normalized(r, rollout.group, scale="batch") for name, r in rewards.items()}
     eps = torch.randn(path.sample.shape, generator=torch.Generator().manual_seed(1))
 

@@ -39,7 +39,7 @@ class TrainState:
 
     @classmethod
     def create(cls, modules: Mapping[str, nn.Module], learning_rates: Mapping[str, float], *, weight_decay: float = 0.0,
-               ema_decay: float | None = None, seed: int) -> TrainState:
+               beta2: float = 0.999, ema_decay: float | None = None, seed: int) -> TrainState:
         """A fresh state: AdamW with one parameter group per module that has a learning rate.
 
         Only parameters with requires_grad are trained; a module without a learning rate is carried but not trained.
@@ -52,7 +52,7 @@ class TrainState:
         empty = [str(group["name"]) for group in groups if not group["params"]]
         if empty:
             raise ValueError(f"modules {empty} have no trainable parameters; unfreeze them or drop their learning rate")
-        optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay)
         device = next(modules[next(iter(learning_rates))].parameters()).device
         ema = EMA(modules["policy"], ema_decay) if ema_decay is not None else None
         return cls(modules, optimizer, ema, torch.Generator(device).manual_seed(seed))

@@ -29,7 +29,8 @@ class Pretraining:
     """Denoising (eps) or flow-matching regression.
 
     time: how t is drawn: `grid` = uniformly on the policy's own schedule (a K-step DDPM), `uniform` on (0, 1),
-    `logit_normal` = sigmoid of a standard normal (SD3, sec. 3.1). Cosine decay after `warmup_steps`.
+    `logit_normal` = sigmoid of a standard normal (SD3, sec. 3.1); the last two are then moved towards 1 by `shift` s:
+    s t / (1 + (s - 1) t) (SD3, eq. 23). Cosine decay after `warmup_steps`; beta2 is Adam's.
     """
 
     steps: int
@@ -39,7 +40,9 @@ class Pretraining:
     weight_decay: float = 1e-6
     ema_decay: float | None = 0.995
     max_grad_norm: float | None = 1.0
+    beta2: float = 0.999
     time: Literal["uniform", "logit_normal", "grid"] = "uniform"
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -47,6 +50,10 @@ class Pretraining:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
+        if not self.shift > 0 or (self.time == "grid" and self.shift != 1.0):
+            raise ValueError(f"shift must be positive, and 1 with time: grid (schedules shift too), got {self.shift}")
 
 
 def draw_times(spec: Pretraining, policy: DiffusionPolicy, rows: int, generator: torch.Generator) -> Float[Tensor, "N"]:
@@ -56,8 +63,10 @@ def draw_times(spec: Pretraining, policy: DiffusionPolicy, rows: int, generator:
         grid = policy.schedule.times()[:-1].to(device)
         return grid[torch.randint(len(grid), (rows,), generator=generator, device=device)]
     if spec.time == "logit_normal":
-        return torch.randn(rows, generator=generator, device=device).sigmoid()
-    return 1 - torch.rand(rows, generator=generator, device=device)
+        t = torch.randn(rows, generator=generator, device=device).sigmoid()
+    else:
+        t = 1 - torch.rand(rows, generator=generator, device=device)
+    return spec.shift * t / (1 + (spec.shift - 1) * t)
 
 
 def denoising_loss(policy: DiffusionPolicy, x0: Float[Tensor, "N *E"], cond: Cond, t: Float[Tensor, "N"],
@@ -71,14 +80,22 @@ def denoising_loss(policy: DiffusionPolicy, x0: Float[Tensor, "N *E"], cond: Con
 
 def fit(spec: Pretraining, policy: DiffusionPolicy, batch: Batch, state: TrainState) -> Iterator[Iteration]:
     """Train state.modules["policy"] (the policy's denoiser) and yield after every step up to spec.steps."""
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x0, cond = batch(generator)
+        t = draw_times(spec, policy, x0.shape[0], generator)
+        eps = standard_normal(x0.shape[0], tuple(x0.shape[1:]), x0.device).sample(generator)
+        return denoising_loss(policy, x0, cond, t, eps).mean()
+
+    return regress(spec, loss, state)
+
+
+def regress(spec: Pretraining, loss: Callable[[torch.Generator], Tensor], state: TrainState) -> Iterator[Iteration]:
+    """Minimise a loss that draws its own batch from the state's generator; yield after every step up to spec.steps."""
     while state.step < spec.steps:
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(spec, state.step)
-        x0, cond = batch(state.generator)
-        t = draw_times(spec, policy, x0.shape[0], state.generator)
-        eps = standard_normal(x0.shape[0], tuple(x0.shape[1:]), x0.device).sample(state.generator)
-        metrics = update.step(state, [(1.0, lambda: (denoising_loss(policy, x0, cond, t, eps).mean(), {}))],  # noqa: B023
-                              max_grad_norm=spec.max_grad_norm)
+        metrics = update.step(state, [(1.0, lambda: (loss(state.generator), {}))], max_grad_norm=spec.max_grad_norm)
         state.step += 1
         yield Iteration(state.step, metrics)
 

@@ -21,6 +21,7 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser, select_rows
 from diffalign.spec import spec
 from diffalign.train.statistics import mean_interval
+from diffalign_image.autoencoder import decode_latents
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import measure, to_bytes
 from diffalign_image.shapes import SIZE, Split, scenes
@@ -85,8 +86,8 @@ def draw(policy: DiffusionPolicy, parts: Parts, captions: Sequence[str], *, seed
     """One image per caption."""
     cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
     generator = torch.Generator().manual_seed(seed)
-    images = [policy.act(select_rows(cond, rows), generator=generator).action for rows in _blocks(len(captions))]
-    return Drawn(torch.cat(images).clamp(-1, 1), list(captions))
+    latents = [policy.act(select_rows(cond, rows), generator=generator).action for rows in _blocks(len(captions))]
+    return Drawn(decode_latents(parts.autoencoder, torch.cat(latents)), list(captions))
 
 
 def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler: Sampler = "ode",

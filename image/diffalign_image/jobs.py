@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffalign import choices
@@ -18,14 +20,21 @@ from diffalign.spec import spec
 from diffalign.train import checkpoint
 from diffalign.train.on_policy import optimize
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.state import Iteration, TrainState, frozen_copy
 from diffalign.train.supervised import Pretraining, fit
 from diffalign_image import pipeline
+from diffalign_image.autoencoder import (
+    AutoencoderTraining,
+    autoencoder_state,
+    build_autoencoder,
+    freeze,
+    render_pool,
+    train_autoencoder,
+)
 from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
-from diffalign_image.model import EVENT, JointDenoiser, ShapesModel, TextUNet, build
+from diffalign_image.model import ShapesModel, TextTransformer, build
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import AnyReward
-from diffalign_image.shapes import training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import tokenize
 
@@ -34,62 +43,86 @@ _GRID = 32  # pictures in the grids that training writes
 
 @spec
 class ImagePretrain:
-    """Flow matching from scratch on captioned shapes; text encoder and U-Net learn together.
+    """From scratch on captioned shapes: an autoencoder, then flow matching on its latents.
 
-    schedule is the sampler of evaluations (ODE). A checkpoint is written every checkpoint_every steps.
+    Text encoder and denoiser learn together. The autoencoder has its own checkpoints in autoencoder/. pool_images:
+    rendered images that flow matching draws from. schedule is the sampler of evaluations (ODE).
     """
 
     type: Literal["image_pretrain"] = "image_pretrain"
     seed: int = 0
+    autoencoder: AutoencoderTraining = AutoencoderTraining()
     model: ShapesModel = ShapesModel()
     pretraining: Pretraining
+    pool_images: int = 16384
     schedule: Schedule = Schedule(steps=8)
     evaluation: Evaluation = Evaluation()
     log_every: int = 20
     checkpoint_every: int = 500
 
+    def __post_init__(self) -> None:
+        for name in ("pool_images", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
     def train(self, run: Run) -> None:
         """Pre-train or go on, evaluate, write the pipeline folder and a grid of pictures."""
-        joint, tokenizer = build(self.model, self.seed)
-        state = self._state(joint)
+        autoencoder = self._autoencoder(run)
+        joint, tokenizer = build(self.model, self.autoencoder.latent_channels, self.seed)
+        plan, policy = self.pretraining, _policy(joint, joint.denoiser, self.schedule, ODE())
+        state = TrainState.create({"policy": joint}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
+                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
         run.restore(state)
-        run.total = self.pretraining.steps
+        run.total = plan.steps
+        pool = render_pool(autoencoder, self.pool_images, torch.Generator().manual_seed(self.seed))
+        tokens = tokenize(tokenizer, pool.captions)
 
         def batch(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-            images, captions = training_batch(self.pretraining.batch_size, generator)
-            return images, {"tokens": tokenize(tokenizer, captions)}
+            rows = torch.randint(len(tokens), (plan.batch_size,), generator=generator)
+            return pool.latents[rows], {"tokens": tokens[rows]}
 
-        for iteration in fit(self.pretraining, _policy(joint, self.schedule, ODE()), batch, state):
-            if iteration.step % self.log_every == 0 or iteration.step == self.pretraining.steps:
-                run.log(iteration.step, iteration.metrics)
-            if iteration.step % self.checkpoint_every == 0 or iteration.step == self.pretraining.steps:
-                run.save(state)
+        self._loop(run, state, fit(plan, policy, batch, state), plan.steps, "train")
         with state.ema_modules():
-            parts = Parts(joint.denoiser, joint.text_encoder, tokenizer)
-            _report(run, "after", _policy(parts.denoiser, self.schedule, ODE()), parts, self.evaluation, state.step)
+            parts = Parts(joint.denoiser, autoencoder, joint.text_encoder, tokenizer)
+            _report(run, "after", _policy(parts.denoiser, parts.denoiser, self.schedule, ODE()), parts, self.evaluation,
+                    state.step)
             pipeline.save(parts, run.folder("pipeline"), shift=self.schedule.shift)
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
         """Rewards of the newest checkpoint on held-out captions; episodes = number of images."""
         parts = self._parts(run)
-        return evaluate(_policy(parts.denoiser, self.schedule, ODE()), parts, _sized(self.evaluation, seed, episodes),
+        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, ODE())
+        return evaluate(policy, parts, _sized(self.evaluation, seed, episodes),
                         sampler=_sampler(sampler, stochastic=False))
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """A grid of pictures for held-out captions."""
         parts = self._parts(run)
-        policy = _policy(parts.denoiser, self.schedule, ODE())
+        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, ODE())
         return [_grid(policy, parts, self.evaluation, out, "samples", seed, count)]
 
-    def _state(self, joint: JointDenoiser) -> TrainState:
-        plan = self.pretraining
-        return TrainState.create({"policy": joint}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                 ema_decay=plan.ema_decay, seed=self.seed)
+    def _autoencoder(self, run: Run) -> AutoencoderKL:
+        """Trained in, or read from, the run's autoencoder/ folder."""
+        autoencoder = build_autoencoder(self.autoencoder, self.seed)
+        state = autoencoder_state(self.autoencoder, autoencoder, self.seed)
+        stage = Run(run.folder("autoencoder"), listener=run.listener)
+        stage.restore(state)
+        stage.total = self.autoencoder.steps
+        self._loop(stage, state, train_autoencoder(self.autoencoder, state), stage.total, "autoencoder")
+        return freeze(autoencoder)
+
+    def _loop(self, run: Run, state: TrainState, loop: Iterator[Iteration], steps: int, phase: str) -> None:
+        for iteration in loop:
+            if iteration.step % self.log_every == 0 or iteration.step == steps:
+                run.log(iteration.step, iteration.metrics, phase)
+            if iteration.step % self.checkpoint_every == 0 or iteration.step == steps:
+                run.save(state)
 
     def _parts(self, run: Run) -> Parts:
-        joint, tokenizer = build(self.model, self.seed)
-        checkpoint.load_modules(_newest(run), {"policy": joint}, prefer_ema=True)
-        return Parts(joint.denoiser, joint.text_encoder.eval(), tokenizer)
+        newest = _newest(run)
+        joint, tokenizer = build(self.model, self.autoencoder.latent_channels, self.seed)
+        checkpoint.load_modules(newest, {"policy": joint}, prefer_ema=True)
+        return Parts(joint.denoiser, self._autoencoder(run), joint.text_encoder.eval(), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -173,7 +206,7 @@ class ImageAlign:
 
     def _models(self) -> _Models:
         parts = pipeline.load(self.base)
-        policy = _policy(parts.denoiser, self.schedule, self.kernel, self.trained)
+        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, self.kernel, self.trained)
         return _Models(policy, parts, _frozen(parts.denoiser))
 
     def _trained(self, run: Run) -> _Models:
@@ -186,14 +219,14 @@ class ImageAlign:
             _report(run, name, models.policy, models.parts, self.evaluation, state.step, models.reference)
 
 
-def _policy(denoiser: Denoiser, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None
-            ) -> DiffusionPolicy:
-    return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, EVENT, trained or TrainedSteps())
+def _policy(denoiser: Denoiser, transformer: TextTransformer, schedule: Schedule, kernel: choices.Kernel,
+            trained: TrainedSteps | None = None) -> DiffusionPolicy:
+    return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, transformer.event, trained or TrainedSteps())
 
 
-def _frozen(denoiser: TextUNet) -> TextUNet:
+def _frozen(denoiser: TextTransformer) -> TextTransformer:
     copy = frozen_copy(denoiser)
-    assert isinstance(copy, TextUNet)
+    assert isinstance(copy, TextTransformer)
     return copy
 
 

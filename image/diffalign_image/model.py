@@ -1,103 +1,105 @@
-"""The model: a diffusers U-Net on space-to-depth pixels, seen by the core as a flow-predicting denoiser.
+"""The model: a small SD3 transformer of diffusers on the latents of a small autoencoder, conditioned on a small CLIP.
 
-Legend: N images, L tokens, C text channels. Events are [3, 32, 32]; the U-Net works on [12, 16, 16] (each 2x2 patch of
-pixels is one position), a mere reordering of the numbers that makes it several times cheaper than on single pixels. Two
-more input channels hold the row and the column of a position: in pure noise nothing else tells above from below.
+Legend: N images, Z latent channels, L tokens, C text channels. Images are [3, 32, 32], events are latents [Z, 8, 8].
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from diffalign.diffusion import Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.spec import spec
+from diffalign_image.autoencoder import REDUCTION
 from diffalign_image.shapes import SIZE
 from diffalign_image.text import build_text_encoder, build_tokenizer, encode
 
-EVENT = (3, SIZE, SIZE)
+SIDE = SIZE // REDUCTION
 TIME_SCALE = 1000.0  # path time 1 is diffusers' timestep 1000
+_HEAD = 32
 
 
 @spec
 class ShapesModel:
-    """Sizes of the model. patch: side of the pixel square that is one position of the U-Net."""
+    """Sizes of the denoiser and the text encoder. patch: side of the square of latent positions that is one token."""
 
-    channels: tuple[int, ...] = (32, 64)
-    blocks_per_level: int = 1
+    width: int = 128
+    layers: int = 4
     patch: int = 2
     text_channels: int = 64
     text_layers: int = 2
 
     def __post_init__(self) -> None:
-        if not self.channels or any(c < 8 or c % 8 for c in self.channels):
-            raise ValueError(f"channels must be multiples of 8 (the group norms have 8 groups), got {self.channels}")
-        smallest = self.patch * 2 ** (len(self.channels) - 1)
-        if self.patch < 1 or SIZE % smallest:
-            raise ValueError(f"patch={self.patch} with {len(self.channels)} levels needs images divisible by "
-                             f"{smallest}; {SIZE}x{SIZE} is not")
+        for name in ("width", "text_channels"):
+            size = getattr(self, name)
+            if size < _HEAD or size % _HEAD:
+                raise ValueError(f"{name} must be a multiple of {_HEAD} (one attention head), got {size}")
+        if self.patch < 1 or SIDE % self.patch:
+            raise ValueError(f"patch must divide the {SIDE}x{SIDE} latent positions, got {self.patch}")
+        for name in ("layers", "text_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class TextUNet(nn.Module):
+class TextTransformer(nn.Module):
     """The denoiser that is aligned: cond = {"text": [N, L, C], "pooled": [N, C]} from the frozen text encoder."""
 
     prediction: Prediction = "flow"
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, transformer: SD3Transformer2DModel) -> None:
         super().__init__()
-        self.unet = unet
-        self.patch = math.isqrt(unet.config.out_channels // 3)
-        line = torch.linspace(-1, 1, SIZE // self.patch)
-        self.register_buffer("place", torch.stack(torch.meshgrid(line, line, indexing="ij")), persistent=False)
+        self.transformer = transformer
 
-    def forward(self, x: Float[Tensor, "N 3 32 32"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N 3 32 32"]:
+    @property
+    def event(self) -> tuple[int, int, int]:
+        """Shape of one latent, (Z, 8, 8)."""
+        return (self.transformer.config.in_channels, SIDE, SIDE)
+
+    def forward(self, x: Float[Tensor, "N Z 8 8"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z 8 8"]:
         """The velocity eps - x0."""
-        place = self.get_buffer("place").expand(x.shape[0], -1, -1, -1)
-        placed = torch.cat([pixel_unshuffle(x, self.patch), place], 1)
-        velocity = self.unet(placed, t * TIME_SCALE, encoder_hidden_states=cond["text"], class_labels=cond["pooled"],
-                             return_dict=False)[0]
-        return pixel_shuffle(velocity, self.patch)
+        velocity: Tensor = self.transformer(x, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
+                                            timestep=t * TIME_SCALE, return_dict=False)[0]
+        return velocity
 
 
 class JointDenoiser(nn.Module):
-    """The denoiser that is pre-trained: cond = {"tokens": [N, L]}; text encoder and U-Net learn together."""
+    """The denoiser that is pre-trained: cond = {"tokens": [N, L]}; text encoder and transformer learn together."""
 
     prediction: Prediction = "flow"
 
-    def __init__(self, denoiser: TextUNet, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, denoiser: TextTransformer, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.text_encoder = text_encoder
 
-    def forward(self, x: Float[Tensor, "N 3 32 32"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N 3 32 32"]:
+    def forward(self, x: Float[Tensor, "N Z 8 8"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z 8 8"]:
         """The velocity eps - x0."""
         velocity: Tensor = self.denoiser(x, t, encode(self.text_encoder, cond["tokens"]))
         return velocity
 
 
-def build(model: ShapesModel, seed: int) -> tuple[JointDenoiser, PreTrainedTokenizerFast]:
+def build(model: ShapesModel, latent_channels: int, seed: int) -> tuple[JointDenoiser, PreTrainedTokenizerFast]:
     """Untrained denoiser and its tokenizer, initialised from the seed without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
         encoder = build_text_encoder(tokenizer, channels=model.text_channels, layers=model.text_layers)
-        return JointDenoiser(TextUNet(_build_unet(model)), encoder), tokenizer
+        return JointDenoiser(TextTransformer(_build_transformer(model, latent_channels)), encoder), tokenizer
 
 
-def _build_unet(model: ShapesModel) -> UNet2DConditionModel:
-    levels, pixels = len(model.channels), 3 * model.patch**2
-    return UNet2DConditionModel(
-        sample_size=SIZE // model.patch, in_channels=pixels + 2, out_channels=pixels,
-        block_out_channels=model.channels, layers_per_block=model.blocks_per_level,
-        down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
-        mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=model.text_channels,
-        attention_head_dim=2,  # diffusers reads this as the number of heads
-        norm_num_groups=8, resnet_time_scale_shift="scale_shift",
-        class_embed_type="projection", projection_class_embeddings_input_dim=model.text_channels)
+def _build_transformer(model: ShapesModel, latent_channels: int) -> SD3Transformer2DModel:
+    """Modulations and output start at zero (DiT, sec. 3.2), which diffusers leaves to whoever trains from scratch."""
+    net = SD3Transformer2DModel(
+        sample_size=SIDE, patch_size=model.patch, in_channels=latent_channels, out_channels=latent_channels,
+        num_layers=model.layers, attention_head_dim=_HEAD, num_attention_heads=model.width // _HEAD,
+        joint_attention_dim=model.text_channels, caption_projection_dim=model.width,
+        pooled_projection_dim=model.text_channels, pos_embed_max_size=SIDE // model.patch, qk_norm="rms_norm")
+    modulations = [norm.linear for block in net.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    for linear in (*modulations, net.norm_out.linear, net.proj_out):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return net

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    SD3Transformer2DModel,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-from diffalign_image.model import EVENT, TIME_SCALE, TextUNet
+from diffalign_image.autoencoder import decode_latents
+from diffalign_image.model import TIME_SCALE, TextTransformer
 from diffalign_image.rewards import to_bytes
 from diffalign_image.text import encode_captions
 
@@ -23,17 +30,18 @@ class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     `ShapesPipeline.from_pretrained(folder)("a red circle above a blue square").images[0]`
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerFast,
-                 scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    def __init__(self, transformer: SD3Transformer2DModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+                 tokenizer: PreTrainedTokenizerFast, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()
-        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
+                              scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(self, prompt: str | list[str], *, num_inference_steps: int = 8, noise: Tensor | None = None,
                  generator: torch.Generator | None = None, output_type: str = "pil") -> ImagePipelineOutput:
         """One image per prompt: PIL images, or with output_type "pt" a tensor [N, 3, 32, 32] in [-1, 1].
 
-        noise [N, 3, 32, 32] overrides the draw from the generator.
+        noise [N, Z, 8, 8] overrides the draw from the generator.
 
         Raises: ValueError for words that the text encoder does not know or an unknown output_type.
         """
@@ -41,29 +49,31 @@ class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         cond = encode_captions(self.tokenizer, self.text_encoder, captions)
-        if noise is None:
-            noise = torch.randn(len(captions), *EVENT, generator=generator)
-        denoiser, x = TextUNet(self.unet), noise
+        denoiser = TextTransformer(self.transformer)
+        x = torch.randn(len(captions), *denoiser.event, generator=generator) if noise is None else noise
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps))
         for t in self.scheduler.timesteps:
             velocity = denoiser(x, t.expand(len(captions)) / TIME_SCALE, cond)
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
-        return ImagePipelineOutput(images=x if output_type == "pt" else self.numpy_to_pil(to_bytes(x) / 255))
+        images = decode_latents(self.vae, x)
+        return ImagePipelineOutput(images=images if output_type == "pt" else self.numpy_to_pil(to_bytes(images) / 255))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded model: the denoiser that is aligned and the frozen text side."""
+    """A loaded model: the denoiser that is aligned, and the frozen autoencoder and text side."""
 
-    denoiser: TextUNet
+    denoiser: TextTransformer
+    autoencoder: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: PreTrainedTokenizerFast
 
 
 def save(parts: Parts, folder: Path, *, shift: float) -> Path:
-    """Write the pipeline folder (model_index.json, unet/, text_encoder/, tokenizer/, scheduler/)."""
+    """Write the pipeline folder (model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    ShapesPipeline(parts.denoiser.unet, parts.text_encoder, parts.tokenizer, scheduler).save_pretrained(folder)
+    ShapesPipeline(parts.denoiser.transformer, parts.autoencoder, parts.text_encoder, parts.tokenizer, scheduler
+                   ).save_pretrained(folder)
     return folder
 
 
@@ -77,6 +87,8 @@ def load(run: str) -> Parts:
         what = "holds no finished model (pipeline/model_index.json)" if Path(run).is_dir() else "does not exist"
         raise ValueError(f"base: {run} {what}; make one with "
                          f"`diffalign train configs/image/shapes_pretrain.yaml --run {run}`")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False).eval()
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
-    return Parts(TextUNet(unet), encoder, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return Parts(TextTransformer(transformer), autoencoder, encoder, tokenizer)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 SIZE = 32
 COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.8, -0.8, -0.8), "green": (-0.8, 0.8, -0.8), "blue": (-0.8, -0.8, 0.8), "yellow": (0.8, 0.8, -0.8),
+    "red": (0.8, -0.8, -0.8), "green": (-0.8, 0.8, -0.8), "blue": (-0.8, -0.8, 0.8),
+    "yellow": (0.8, 0.8, -0.8), "magenta": (0.8, -0.8, 0.8), "cyan": (-0.8, 0.8, 0.8),
 }
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "below", "left of", "right of")
@@ -55,7 +56,7 @@ class Scene:
 
 @lru_cache(maxsize=2)
 def scenes(split: Split) -> tuple[Scene, ...]:
-    """All scenes of a split: two objects of different colors, 432 scenes of which about a fifth are held out."""
+    """All scenes of a split: two objects of different colors, 1,080 scenes of which about a fifth are held out."""
     colors = itertools.permutations(range(len(COLORS)), 2)
     kinds = range(len(SHAPES))
     every = (Scene((c1, c2), (s1, s2), relation) for (c1, c2), s1, s2, relation

@@ -5,8 +5,9 @@ Legend: P prompts x G images of each = B rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import select_rows
 from diffalign.rl.rollouts import Rollout, image_rollout
+from diffalign_image.autoencoder import decode_latents
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import Reward, measure
 from diffalign_image.shapes import scenes
@@ -25,13 +27,14 @@ class PromptSource:
     """Draws P prompts, makes G images of each with the policy, rewards them.
 
     captions and cond (one row per caption) are the prompts to train on, encoded once; a prompt's index is its
-    identity for running statistics.
+    identity for running statistics. decode turns latents into images in [-1, 1].
 
     Raises: ValueError if an update would ask for more prompts than there are.
     """
 
     captions: Sequence[str]
     cond: Mapping[str, Tensor]
+    decode: Callable[[Tensor], Tensor]
     reward: Reward
     prompts: int
     images_per_prompt: int
@@ -50,7 +53,7 @@ class PromptSource:
         decision = policy.act(select_rows(self.cond, prompt), generator=generator)
         if decision.trajectory is None:
             raise TypeError("the policy kept no trajectory; a DiffusionPolicy does")
-        images = decision.action.clamp(-1, 1)
+        images = self.decode(decision.action)
         captions = [self.captions[i] for i in prompt.tolist()]
         reward = self.reward(images, captions)
         group = torch.arange(self.prompts).repeat_interleave(self.images_per_prompt)
@@ -62,4 +65,4 @@ def training_prompts(parts: Parts, reward: Reward, *, prompts: int, images_per_p
     """A source over all training captions; the held-out ones never enter it."""
     captions = [scene.caption for scene in scenes("train")]
     cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
-    return PromptSource(captions, cond, reward, prompts, images_per_prompt)
+    return PromptSource(captions, cond, partial(decode_latents, parts.autoencoder), reward, prompts, images_per_prompt)

@@ -50,7 +50,7 @@ class RobotBC:
         assert isinstance(module, torch.nn.Module)
         plan = self.pretraining
         state = TrainState.create({"policy": module}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                  ema_decay=plan.ema_decay, seed=self.seed)
+                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
         run.restore(state)
         run.total = plan.steps
         for iteration in fit(plan, policy, batch, state):
