@@ -96,7 +96,8 @@ def test_demo_runs_every_stage_once(
 
 def test_the_image_demo_ends_in_grids_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["evaluation.prompts=2", "evaluation.images_per_prompt=1", "evaluation.kl_images=2", "schedule.steps=2"]
-    pretrain = ["pretraining.steps=2", "pretraining.batch_size=2", "model.channels=[16]"]
+    pretrain = ["pretraining.steps=2", "pretraining.batch_size=2", "model.width=32", "autoencoder.steps=2",
+                "pool_images=8"]
     align = ["iterations=1", "prompts_per_update=2", "images_per_prompt=2", "trained={}", "evaluate_every=null"]
     stages = zip(demo.DEMOS["image"], (pretrain, align), strict=True)
     tiny = [demo.Stage(stage.config, stage.suffix, stage.what, (*small, *more)) for stage, more in stages]

@@ -37,8 +37,8 @@ def test_rendering_is_deterministic_and_varied() -> None:
 
 def test_splits_are_disjoint_complete_and_share_no_scene_said_the_other_way_round() -> None:
     train, held_out = shapes.scenes("train"), shapes.scenes("held_out")
-    assert len(train) + len(held_out) == 4 * 3 * 3 * 3 * 4
-    assert 0.17 < len(held_out) / 432 < 0.24
+    assert len(train) + len(held_out) == 6 * 5 * 3 * 3 * 4
+    assert 0.17 < len(held_out) / 1080 < 0.24
     captions = {scene.caption for scene in train}
     assert len(captions) == len(train)
     for scene in held_out:

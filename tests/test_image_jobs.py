@@ -16,28 +16,37 @@ from diffalign.train.on_policy import Optimization
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining
 from diffalign_image import pipeline
+from diffalign_image.autoencoder import (
+    AutoencoderTraining,
+    build_autoencoder,
+    decode_latents,
+    encode_images,
+    freeze,
+)
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
 from diffalign_image.jobs import ImageAlign, ImagePretrain
-from diffalign_image.model import EVENT, ShapesModel, build
+from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.rewards import Jpeg, Verifiable
-from diffalign_image.shapes import parse
+from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
 
-TINY = ShapesModel(channels=(8, 16), text_channels=32, text_layers=1)
+TINY = ShapesModel(width=32, layers=2, patch=4, text_channels=32, text_layers=1)
+SMALL = AutoencoderTraining(latent_channels=2, channels=(8, 8, 8), steps=3, batch_size=4)
+EVENT = (2, 8, 8)
 QUICK = Evaluation(prompts=3, images_per_prompt=2, kl_images=2)
 CAPTIONS = ["a red circle above a blue square", "a yellow square left of a green triangle"]
 
 
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    joint, tokenizer = build(TINY, seed=0)
+    joint, tokenizer = build(TINY, 2, seed=0)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # an untrained diffusers U-Net is not zero, but make the conditioning matter
+    with torch.no_grad():  # the untrained velocity is zero
         for parameter in joint.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return Parts(joint.denoiser.eval(), joint.text_encoder.eval(), tokenizer)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return Parts(joint.denoiser.eval(), freeze(build_autoencoder(SMALL, seed=0)), joint.text_encoder.eval(), tokenizer)
 
 
 def policy_of(parts: Parts, steps: int = 4, shift: float = 1.0) -> DiffusionPolicy:
@@ -45,7 +54,8 @@ def policy_of(parts: Parts, steps: int = 4, shift: float = 1.0) -> DiffusionPoli
 
 
 def pretraining_job(steps: int = 3) -> ImagePretrain:
-    return ImagePretrain(model=TINY, pretraining=Pretraining(steps=steps, batch_size=4, warmup_steps=1),
+    return ImagePretrain(autoencoder=SMALL, model=TINY, pool_images=8,
+                         pretraining=Pretraining(steps=steps, batch_size=4, warmup_steps=1),
                          schedule=Schedule(steps=3), evaluation=QUICK, log_every=1, checkpoint_every=2)
 
 
@@ -80,11 +90,11 @@ def test_saved_pipeline_draws_what_the_core_draws(parts: Parts, tmp_path: Path, 
     noise = torch.randn(2, *EVENT, generator=torch.Generator().manual_seed(7))
     expected = policy.act(cond, generator=torch.Generator().manual_seed(7)).action
     folder = pipeline.save(parts, tmp_path / "pipeline", shift=shift)
-    names = {"model_index.json", "unet", "text_encoder", "tokenizer", "scheduler"}
+    names = {"model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert names <= {path.name for path in folder.iterdir()}
     loaded = ShapesPipeline.from_pretrained(folder)
     images = loaded(CAPTIONS, num_inference_steps=5, noise=noise, output_type="pt").images
-    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(images, decode_latents(parts.autoencoder, expected), atol=1e-4, rtol=0)
     assert (images[0] - images[1]).abs().max() > 1e-3
     pictures = loaded(CAPTIONS[0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert pictures[0].size == (32, 32)
@@ -104,13 +114,25 @@ def test_conditioning_reaches_the_velocity_through_both_ways(parts: Parts) -> No
     assert (both - parts.denoiser(x, torch.tensor([0.9, 0.9]), cond)).abs().max() > 1e-4
 
 
+def test_latents_are_scaled_and_decode_inverts_the_scaling(parts: Parts) -> None:
+    images, _ = training_batch(512, torch.Generator().manual_seed(0))
+    latents = encode_images(parts.autoencoder, images)
+    assert latents.shape == (512, 2, 8, 8)
+    assert abs(float(latents.mean())) < 1e-4
+    assert abs(float(latents.std()) - 1) < 1e-3
+    vae = parts.autoencoder
+    with torch.no_grad():
+        direct = vae.decode(vae.encode(images[:4]).latent_dist.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(decode_latents(vae, latents[:4]), direct, atol=1e-5, rtol=0)
+
+
 def test_building_is_seeded_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    one, _ = build(TINY, seed=0)
+    one, _ = build(TINY, 2, seed=0)
     assert torch.equal(torch.rand(3), expected)
-    same, other = build(TINY, seed=0)[0], build(TINY, seed=1)[0]
+    same, other = build(TINY, 2, seed=0)[0], build(TINY, 2, seed=1)[0]
     weights = [next(m.denoiser.parameters()) for m in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -132,7 +154,7 @@ def test_source_groups_by_prompt_and_repeats_with_its_generator(parts: Parts) ->
     assert torch.equal(one.prompt[::2], one.prompt[1::2])
     assert torch.equal(one.trajectory.cond["pooled"], source.cond["pooled"][one.prompt])
     captions = [source.captions[i] for i in one.prompt.tolist()]
-    torch.testing.assert_close(one.reward[0], Verifiable()(one.trajectory.sample.clamp(-1, 1), captions))
+    torch.testing.assert_close(one.reward[0], Verifiable()(source.decode(one.trajectory.sample), captions))
     assert set(one.stats) == {"samples/verifiable", "samples/jpeg_kb"}
     assert one.terminated.all()
     with pytest.raises(ValueError, match="prompts_per_update must lie in"):
@@ -155,7 +177,7 @@ def test_path_kl_is_zero_at_the_reference_and_the_sum_of_step_kls_elsewhere(part
     times = policy.schedule.times()
     t, t_next = times[:2], times[1:3]
     gap = (t_next * angle.cos() * (1 - t) - (1 - t_next) * t) * 0.01
-    expected = (3072 * gap**2 / (2 * (t_next * angle.sin()) ** 2)).sum()
+    expected = (128 * gap**2 / (2 * (t_next * angle.sin()) ** 2)).sum()
     torch.testing.assert_close(found, expected.expand(2), rtol=2e-3, atol=0)
 
 
@@ -262,7 +284,9 @@ def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:
         alignment_job(base, 1).evaluate(Run(tmp_path / "empty"), seed=0, episodes=None, sampler=None)
     with pytest.raises(ValueError, match="sampler must be"):
         pretraining_job().evaluate(Run(base), seed=0, episodes=None, sampler="zero_noise")
-    with pytest.raises(ValueError, match="multiples of 8"):
-        ShapesModel(channels=(12,))
-    with pytest.raises(ValueError, match="needs images divisible by"):
-        ShapesModel(patch=5)
+    for wrong in ({"width": 40}, {"text_channels": 0}, {"patch": 3}, {"layers": 0}):
+        with pytest.raises(ValueError, match="got"):
+            ShapesModel(**wrong)
+    for wrong in ({"channels": (8, 12, 8)}, {"latent_channels": 0}, {"kl_weight": -1.0}):
+        with pytest.raises(ValueError, match="got"):
+            AutoencoderTraining(**wrong)

@@ -32,8 +32,13 @@ DEMOS = {
         Stage("robot/pick_place_dppo.yaml", "", "DPPO fine-tuning of the whole denoising chain"),
     ),
     "image": (
-        Stage("image/shapes_pretrain.yaml", "-pretrain", "flow-matching pre-training on captioned shapes"),
-        Stage("image/shapes_jpeg.yaml", "", "alignment to JPEG compressibility"),
+        Stage("image/shapes_pretrain.yaml", "-pretrain", "an autoencoder and flow matching on captioned shapes"),
+        Stage(
+            "image/shapes_flow_grpo.yaml",
+            "",
+            "Flow-GRPO on a score that reads colors, shapes and relation off the pixels",
+            ("iterations=60", "evaluate_every=20"),
+        ),
     ),
 }
 
