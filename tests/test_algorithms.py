@@ -9,11 +9,11 @@ import torch
 from test_on_policy import Constant, flat_reward, setup
 from toys import PointMass, PromptBandit
 
-from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
+from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO, GRPOGuard
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
 from diffalign.rl.likelihoods import Matching
-from diffalign.rl.surrogates import DivergenceGate, PPOClip, SimplePO
+from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO
 from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import frozen_copy
 
@@ -54,6 +54,10 @@ BANDIT = {
     "flow_grpo-simple_po": (FlowGRPO(surrogate=SimplePO(limit=0.3), optimization=PLAN), FlowSDE(), "flow"),
     "flow_grpo-loo-kl": (FlowGRPO(surrogate=WIDE, optimization=PLAN, advantage=LeaveOneOut(), reference_kl=1e-3),
                          FlowSDE(), "flow"),
+    "guard-sde": (GRPOGuard(optimization=PLAN), FlowSDE(), "flow"),
+    "guard-cps-published": (GRPOGuard(surrogate=GuardClip(low=0.1, high=0.1, unit="per_dim"), optimization=PLAN), CPS(),
+                            "flow"),
+    "guard-ddpm": (GRPOGuard(optimization=PLAN), DDPM(), "eps"),
     "dppo": (DPPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
     "awm-ode": (AWM(optimization=PLAN, matching=Matching(draws=8)), ODE(), "flow"),
     "awm-sde": (AWM(optimization=PLAN, matching=Matching(draws=8)), FlowSDE(), "flow"),
@@ -86,6 +90,7 @@ ROBOT = {
     "dppo-flow": (DPPO(surrogate=WIDE, optimization=PLAN, advantage=GAE(lam=0.9)), FlowSDE(), "flow"),
     "ddpo": (DDPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
     "flow_grpo": (FlowGRPO(surrogate=WIDE, optimization=PLAN, advantage=GroupNormalized()), FlowSDE(), "flow"),
+    "guard": (GRPOGuard(optimization=PLAN, advantage=GAE()), FlowSDE(), "flow"),
     "awm": (AWM(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4)), ODE(), "flow"),
 }
 

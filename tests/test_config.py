@@ -59,11 +59,12 @@ def test_every_spec_is_frozen_and_refuses_unknown_keys(kind):
 
 
 def test_the_specs_are_all_there():
-    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "dppo", "awm"]
+    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm"]
     assert {name: list(members(union)) for name, union in choices.UNIONS.items()} == {
         "paths": ["flow", "vp"], "kernels": ["ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps"],
         "advantages": ["gae", "group", "leave_one_out", "prompt_running"],
-        "surrogates": ["ppo_clip", "simple_po", "divergence_gate"], "likelihoods": ["transition", "matching"]}
+        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip"],
+        "likelihoods": ["transition", "matching"]}
     assert len(SPECS) >= 24
 
 

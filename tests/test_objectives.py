@@ -6,12 +6,12 @@ import pytest
 import torch
 from toys import MLPDenoiser, toy_policy
 
-from diffalign.diffusion import DDPM, ODE, FlowSDE, TrainedSteps, VPPath
+from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps, VPPath
 from diffalign.policy.normalize import Normalizer
 from diffalign.rl.critics import ValueNet
 from diffalign.rl.likelihoods import Matching, Transition
 from diffalign.rl.regularizers import reference_kl, velocity_mse
-from diffalign.rl.surrogates import DivergenceGate, PPOClip, SimplePO
+from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO
 from diffalign.train.state import frozen_copy
 
 D = 3
@@ -56,6 +56,54 @@ def test_ratio_is_one_and_the_gradient_is_the_policy_gradient(surrogate, likelih
     negative = rows.advantage < -1
     expected = gradient_of((-rows.advantage * new.log_prob)[negative].sum(), policy)
     assert (gradient_of(result.loss[negative].sum(), policy) - expected).norm() < 1e-4 * expected.norm()
+
+
+GUARDED = [(FlowSDE(), "flow"), (CPS(), "flow"), (DanceSDE(eta=0.6), "flow"), (DDPM(), "eps"), (DDIM(eta=0.5), "v")]
+
+
+@pytest.mark.parametrize(("kernel", "prediction"), GUARDED, ids=repr)
+@pytest.mark.parametrize("unit", ["nats", "per_dim"])
+def test_guard_starts_as_the_policy_gradient_equalized_per_step(kernel, prediction, unit):
+    """Gradient -A (std / leverage) grad log p, with the leverage measured by moving the velocity at fixed x."""
+    policy, rows, _ = rollout(kernel, prediction)
+    new = Transition().score(policy, rows)
+    t, t_next = rows.data["t"], rows.data["t_next"]
+    now = policy.path.level(t, 1)
+    x0, eps = policy.predict(rows.data["x"], t, rows.cond)
+    nudge = 0.01 / (now.alpha + now.sigma)
+    moved = policy.step(rows.data["x"], t, t_next, x0 - now.sigma * nudge, eps + now.alpha * nudge)
+    torch.testing.assert_close(now.alpha * (x0 - now.sigma * nudge) + now.sigma * (eps + now.alpha * nudge),
+                               rows.data["x"], atol=1e-5, rtol=0)
+    leverage = (moved.mean - policy.step(rows.data["x"], t, t_next, x0, eps).mean).abs().mean(1) / 0.01
+    torch.testing.assert_close(new.leverage, leverage.detach(), rtol=1e-3, atol=1e-4)
+    result = GuardClip(unit=unit)(new, rows)
+    weight = rows.old.std.flatten() / leverage.detach()
+    expected = gradient_of((-weight * rows.advantage * new.log_prob).sum(), policy)
+    assert expected.norm() > 0.1
+    assert (gradient_of(result.loss.sum(), policy) - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("unit", ["nats", "per_dim"])
+def test_guard_centres_each_row_by_its_own_shift(unit):
+    """c = sum(noise * shift) / std per row; the public code averages the KL over the batch (image_peers 2.6)."""
+    policy, rows, _ = rollout(FlowSDE())
+    with torch.no_grad():
+        for p in policy.denoiser.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    new = Transition().score(policy, rows)
+    noise = (rows.data["x_next"] - rows.old.mean) / rows.old.std
+    centred = (noise * (new.gaussian.mean - rows.old.mean) / rows.old.std).sum(1)
+    power = 1.0 if unit == "nats" else rows.old.std.flatten() / D
+    ratio = (power * centred).exp()
+    low, high = (torch.tensor([-0.1, 0.1]).exp()) if unit == "nats" else torch.tensor([0.9, 1.1])
+    plain = torch.maximum(-rows.advantage * ratio, -rows.advantage * ratio.clamp(low, high))
+    result = GuardClip(low=0.1, high=0.1, unit=unit)(new, rows)
+    torch.testing.assert_close(result.loss, rows.old.std.flatten() / (power * new.leverage) * plain, rtol=1e-3,
+                               atol=1e-4)
+    if unit == "nats":
+        assert result.held_high.any()
+        assert result.held_low.any()
+        assert torch.equal(result.held_high, (ratio > high) & (rows.advantage > 0))
 
 
 def test_transition_rows_are_decision_times_trained_step():

@@ -9,7 +9,7 @@ import torch
 
 from diffalign.diffusion import Gaussian
 from diffalign.rl.likelihoods import Rows, Scored
-from diffalign.rl.surrogates import DivergenceGate, PPOClip, SimplePO, step_factor
+from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, step_factor
 
 D = 4
 NUDGE = 1e-3
@@ -189,6 +189,8 @@ def test_gradcheck(surrogate):
     (lambda: PPOClip(dual=1.0), "dual must exceed 1"),
     (lambda: SimplePO(limit=0.0), "limit must be positive"),
     (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
+    (lambda: GuardClip(low=0.0), "low must be positive"),
+    (lambda: evaluate(GuardClip(), [0.0], 1.0), "needs the stored Gaussian steps"),
     (lambda: evaluate(DivergenceGate(), [0.0], 1.0), "needs the exact KL of Gaussian steps")])
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):

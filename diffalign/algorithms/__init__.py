@@ -8,7 +8,8 @@ from diffalign.algorithms.awm import AWM
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.algorithms.dppo import DPPO
 from diffalign.algorithms.flow_grpo import FlowGRPO
+from diffalign.algorithms.grpo_guard import GRPOGuard
 
-Algorithm = Annotated[DDPO | FlowGRPO | DPPO | AWM, Field(discriminator="type")]
+Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM, Field(discriminator="type")]
 
-__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "FlowGRPO"]
+__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "FlowGRPO", "GRPOGuard"]

@@ -65,6 +65,17 @@ class DiffusionPolicy:
         """p(x_next | x) of the policy's kernel for a prediction made at (x, t)."""
         return self.kernel.moments(x, x0, eps, self.path.level(t, x.ndim - 1), self.path.level(t_next, x.ndim - 1))
 
+    def leverage(self, t: Float[Tensor, "M"], t_next: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
+        """|d mean / d velocity| of a step: how far the mean of x_next moves when eps - x0 changes by one at fixed x.
+
+        Every kernel's mean is linear in (x, x0, eps), and x = alpha x0 + sigma eps is fixed, so x0 moves by
+        -sigma / (alpha + sigma) and eps by alpha / (alpha + sigma).
+        """
+        now, nxt = self.path.level(t, 1), self.path.level(t_next, 1)
+        total = now.alpha + now.sigma
+        moved = self.kernel.moments(torch.zeros_like(total), -now.sigma / total, now.alpha / total, now, nxt)
+        return moved.mean.abs().flatten()
+
     @torch.no_grad()
     def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None) -> Decision:
         """Run the chain for every row of cond and keep what the transition likelihood needs.

@@ -39,12 +39,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its velocity eps - x0, event size D."""
+    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its velocity eps - x0, event size D.
+
+    leverage is |d mean / d velocity| of the step (None where there is no Gaussian step).
+    """
 
     log_prob: Float[Tensor, "M"]
     gaussian: Gaussian | None
     velocity: Float[Tensor, "M *E"]
     dims: int
+    leverage: Float[Tensor, "M"] | None = None
 
 
 @runtime_checkable
@@ -129,7 +133,8 @@ class Transition:
         data = rows.data
         x0, eps = policy.predict(data["x"], data["t"], rows.cond)
         gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps)
-        return Scored(gaussian.log_prob(data["x_next"]), gaussian, eps - x0, gaussian.dims)
+        leverage = policy.leverage(data["t"], data["t_next"])
+        return Scored(gaussian.log_prob(data["x_next"]), gaussian, eps - x0, gaussian.dims, leverage)
 
 
 @dataclass(frozen=True)

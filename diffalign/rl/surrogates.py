@@ -164,3 +164,38 @@ class DivergenceGate:
         low, high = far & (ratio < 1) & (rows.advantage < 0), far & (ratio > 1) & (rows.advantage > 0)
         kept = torch.where(low | high, ratio.detach(), ratio)
         return SurrogateLoss(-scale * rows.advantage * kept, low, high)
+
+
+@spec
+class GuardClip:
+    """GRPO-Guard (arXiv 2510.22319): PPO's clip on a centred ratio, and the same gradient scale at every step.
+
+    c = log r + KL(old || new) = sum(noise * shift of the mean) / std has mean 0 under the old policy, while log r lies
+    below 0 on average and rarely meets the upper clip. Unit per_dim clips the published exp(c std / D), nats exp(c).
+    The gradient at the start is -A (std / leverage) grad log p: a step's gradient no longer grows with
+    leverage / std, so the last steps do not drown the others. Departures: c and std are per row (the authors' code
+    averages the KL over the batch), and the leverage |d mean / d velocity| replaces 1/|dt|, which it equals up to a
+    constant for Flow-SDE only.
+    """
+
+    type: Literal["guard_clip"] = "guard_clip"
+    low: float = 0.2
+    high: float = 0.2
+    unit: Unit = "nats"
+    needs_density = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "low", "high")
+
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
+        """Clipped loss. Raises: ValueError on a likelihood without Gaussian steps."""
+        if new.gaussian is None or rows.old is None or new.leverage is None:
+            raise ValueError("guard_clip needs the stored Gaussian steps of the rollout; use the transition likelihood "
+                             "or another surrogate")
+        std = rows.old.std.flatten()
+        centred = new.log_prob - rows.old_log_prob + rows.old.kl(new.gaussian)
+        power = torch.ones_like(std) if self.unit == "nats" else std / new.dims
+        ratio = (power * centred).exp()
+        low, high = (torch.full_like(ratio, value) for value in (self.low, self.high))
+        result = clipped(ratio, rows.advantage, *bounds(low, high, self.unit), dual=None)
+        return SurrogateLoss(std / (power * new.leverage) * result.loss, result.held_low, result.held_high)
