@@ -10,12 +10,13 @@ from diffalign.diffusion.kernels import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE
 from diffalign.diffusion.paths import FlowPath, VPPath
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut, PromptRunning
 from diffalign.rl.likelihoods import Matching, Transition
-from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO
+from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip, SimplePO
 
 Path = Annotated[FlowPath | VPPath, Field(discriminator="type")]
 Kernel = Annotated[DDPM | DDIM | ODE | FlowSDE | DanceSDE | CPS, Field(discriminator="type")]
 Advantage = Annotated[GAE | GroupNormalized | LeaveOneOut | PromptRunning, Field(discriminator="type")]
-Surrogate = Annotated[PPOClip | SimplePO | DivergenceGate | GuardClip, Field(discriminator="type")]
+Surrogate = Annotated[PPOClip | SimplePO | DivergenceGate | GuardClip | ContrastiveMatching,
+                      Field(discriminator="type")]
 Likelihood = Annotated[Transition | Matching, Field(discriminator="type")]
 
 UNIONS = {"paths": Path, "kernels": Kernel, "advantages": Advantage, "surrogates": Surrogate, "likelihoods": Likelihood}

@@ -9,7 +9,7 @@ import torch
 from test_on_policy import Constant, flat_reward, setup
 from toys import PointMass, PromptBandit
 
-from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO, GRPOGuard
+from diffalign.algorithms import AWM, DDPO, DPPO, DiffusionNFT, FlowGRPO, GRPOGuard
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
 from diffalign.rl.likelihoods import Matching
@@ -18,6 +18,7 @@ from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import frozen_copy
 
 PLAN = Optimization(epochs=3, minibatches=1)
+AVERAGED = replace(PLAN, ema_decay=0.5)
 WIDE = PPOClip(low=0.2, high=0.3)
 
 
@@ -61,6 +62,9 @@ BANDIT = {
     "dppo": (DPPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
     "awm-ode": (AWM(optimization=PLAN, matching=Matching(draws=8)), ODE(), "flow"),
     "awm-sde": (AWM(optimization=PLAN, matching=Matching(draws=8)), FlowSDE(), "flow"),
+    "nft-ode": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), ODE(), "flow"),
+    "nft-live-sde": (DiffusionNFT(matching=Matching(draws=8), optimization=PLAN, behavior="live"), FlowSDE(), "flow"),
+    "nft-v": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), DDPM(), "v"),
 }
 
 
@@ -91,6 +95,7 @@ ROBOT = {
     "ddpo": (DDPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
     "flow_grpo": (FlowGRPO(surrogate=WIDE, optimization=PLAN, advantage=GroupNormalized()), FlowSDE(), "flow"),
     "guard": (GRPOGuard(optimization=PLAN, advantage=GAE()), FlowSDE(), "flow"),
+    "nft": (DiffusionNFT(optimization=AVERAGED, advantage=GAE()), ODE(), "flow"),
     "awm": (AWM(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4)), ODE(), "flow"),
 }
 

@@ -145,7 +145,7 @@ def test_job_types_are_those_of_the_adapters() -> None:
 def test_list_json_has_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"ddpo", "flow_grpo", "grpo_guard", "dppo", "awm"} <= found["algorithms"].keys()
+    assert {"ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft"} <= found["algorithms"].keys()
     assert {"ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps"} <= found["kernels"].keys()
     assert {"gae", "group", "leave_one_out", "prompt_running"} <= found["advantages"].keys()
     assert {"jpeg", "verifiable"} <= found["rewards"].keys()

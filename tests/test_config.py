@@ -59,11 +59,11 @@ def test_every_spec_is_frozen_and_refuses_unknown_keys(kind):
 
 
 def test_the_specs_are_all_there():
-    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm"]
+    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft"]
     assert {name: list(members(union)) for name, union in choices.UNIONS.items()} == {
         "paths": ["flow", "vp"], "kernels": ["ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps"],
         "advantages": ["gae", "group", "leave_one_out", "prompt_running"],
-        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip"],
+        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip", "contrastive_matching"],
         "likelihoods": ["transition", "matching"]}
     assert len(SPECS) >= 24
 

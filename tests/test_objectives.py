@@ -11,7 +11,7 @@ from diffalign.policy.normalize import Normalizer
 from diffalign.rl.critics import ValueNet
 from diffalign.rl.likelihoods import Matching, Transition
 from diffalign.rl.regularizers import reference_kl, velocity_mse
-from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO
+from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip, SimplePO
 from diffalign.train.state import frozen_copy
 
 D = 3
@@ -38,7 +38,7 @@ def gradient_of(loss, policy):
 
 PAIRS = [(surrogate, likelihood) for surrogate in SURROGATES
          for likelihood in (Transition(), Transition(denoising_discount=0.7), Matching(draws=3))
-         if likelihood.has_density or not surrogate.needs_density]  # the others are refused (test_refusals)
+         if surrogate.needs in (None, likelihood.provides)]  # the others are refused (test_refusals)
 
 
 @pytest.mark.parametrize(("surrogate", "likelihood"), PAIRS, ids=repr)
@@ -243,3 +243,40 @@ def test_value_net_starts_at_zero_and_normalizes_its_observation():
     assert value.shape == (50,)
     torch.testing.assert_close(value, plain({"state": normalizer.normalize(data)}))
     assert "normalizer.shift" in net.state_dict()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_contrastive_matching_is_diffusion_nft(beta):
+    """The published loss in velocities on the flow path, without its factor 5 and summed over the event."""
+    policy, rows, _ = rollout(ODE(), likelihood=Matching(draws=3))
+    x0, eps, t = rows.data["x0"], rows.data["eps"], rows.data["t"][:, None]
+    x = (1 - t) * x0 + t * eps
+    old = policy.denoiser(x, rows.data["t"], rows.cond).detach()
+    with torch.no_grad():
+        for p in policy.denoiser.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    velocity = policy.denoiser(x, rows.data["t"], rows.cond)
+    share = (rows.advantage.clamp(-1, 1) / 1 / 2 + 0.5)[:, None]
+    expected = 0.0
+    for p, v in ((share, beta * velocity + (1 - beta) * old), (1 - share, (1 + beta) * old - beta * velocity)):
+        error = x - t * v - x0
+        expected = expected + p / beta * error.square().mean(1, keepdim=True) / error.abs().mean(1, keepdim=True)
+    surrogate = ContrastiveMatching(beta=beta, advantage_clip=1.0)
+    found = surrogate(Matching().score(policy, rows), rows)
+    torch.testing.assert_close(found.loss, D * expected[:, 0], rtol=1e-4, atol=1e-5)
+    assert not found.held_low.any()
+
+
+def test_contrastive_matching_starts_as_a_weighted_policy_gradient_and_ignores_no_advantage():
+    """At the old policy: A / clip times the gradient of |x0_new - x0|^2 / w; beta does not matter there."""
+    policy, rows, _ = rollout(ODE(), likelihood=Matching(draws=3))
+    new = Matching().score(policy, rows)
+    torch.testing.assert_close(new.x0, rows.data["old_x0"])
+    error = new.x0 - rows.data["x0"]
+    width = error.detach().abs().mean(1)
+    expected = gradient_of((rows.advantage / 5 * error.square().sum(1) / width).sum(), policy)
+    assert expected.norm() > 0.1
+    for beta in (1.0, 0.1):
+        loss = ContrastiveMatching(beta=beta)(new, rows).loss
+        assert (gradient_of(loss.sum(), policy) - expected).norm() < 1e-3 * expected.norm()
+        assert gradient_of(loss[rows.advantage == 0].sum(), policy).norm() < 1e-3

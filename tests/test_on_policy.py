@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import MLPDenoiser, PointMass, PromptBandit, toy_policy
 
-from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
+from diffalign.algorithms import AWM, DDPO, DPPO, DiffusionNFT, FlowGRPO
 from diffalign.diffusion import DDPM, ODE, FlowSDE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized
 from diffalign.rl.critics import ValueNet
@@ -281,3 +281,24 @@ def test_matching_uses_any_sampler():
     (metrics,) = run(AWM(matching=Matching(draws=2)).compose(), policy, PromptBandit(), state, 1)
     assert metrics["ratio_drift"] < 1e-4
     assert "kl/old" not in metrics
+
+
+@pytest.mark.parametrize("behavior", ["averaged", "live"])
+def test_averaged_weights_make_the_rollouts_and_the_live_ones_are_trained(behavior):
+    """DiffusionNFT's old policy: what collects and what is stored as old is the average; live weights come back."""
+    policy, state = setup(ODE(), ema_decay=0.9)
+    with torch.no_grad():
+        for p in policy.denoiser.parameters():
+            p.add_(1.0)
+    live, seen = parameters(state), []
+
+    class Spy:
+        def collect(self, policy, *, generator):
+            seen.append(parameters(state))
+            return PromptBandit().collect(policy, generator=generator)
+
+    pieces = DiffusionNFT(behavior=behavior, optimization=Optimization(learning_rate=1e-9, ema_decay=0.9)).compose()
+    run(pieces, policy, Spy(), state, 1)
+    away = torch.zeros_like(live) if behavior == "live" else torch.full_like(live, -1.0)
+    torch.testing.assert_close(seen[0], live + away, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parameters(state), live, atol=2e-3, rtol=0)

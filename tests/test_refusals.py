@@ -15,7 +15,7 @@ from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
 from diffalign.diffusion import DDIM, DDPM, ODE, FlowSDE
 from diffalign.rl.advantages import GroupNormalized
 from diffalign.rl.likelihoods import Matching, Transition
-from diffalign.rl.surrogates import DivergenceGate, PPOClip
+from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip
 from diffalign.train import checkpoint
 from diffalign.train.on_policy import OnPolicy, Optimization, RatioDrift, optimize
 from diffalign.train.update import NonFinite
@@ -28,7 +28,11 @@ def pieces(**options):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"surrogate": DivergenceGate(), "likelihood": Matching()}, r"DivergenceGate needs the exact KL .* Matching"),
+    ({"surrogate": DivergenceGate(), "likelihood": Matching()}, r"DivergenceGate needs the gaussian step .* Matching"),
+    ({"surrogate": GuardClip(), "likelihood": Matching()}, r"GuardClip needs the gaussian step .* Matching"),
+    ({"surrogate": ContrastiveMatching()}, r"ContrastiveMatching needs the old x0 .* Transition"),
+    ({"behavior": "averaged", "optimization": Optimization(ema_decay=0.9)}, "averaged rollouts need .* Transition"),
+    ({"behavior": "averaged", "likelihood": Matching()}, "averaged rollouts need .* got ema_decay=None"),
     ({"reference_kl": 0.1, "likelihood": Matching()}, "reference_kl=0.1 needs Gaussian steps.*use reference_velocity"),
     ({"ema_velocity": 0.1}, "ema_velocity=0.1 needs averaged weights; set optimization.ema_decay"),
     ({"reference_kl": -0.1}, "reference_kl must be at least 0, got -0.1"),

@@ -9,7 +9,7 @@ import torch
 
 from diffalign.diffusion import Gaussian
 from diffalign.rl.likelihoods import Rows, Scored
-from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, step_factor
+from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip, SimplePO, step_factor
 
 D = 4
 NUDGE = 1e-3
@@ -21,7 +21,8 @@ def evaluate(surrogate, log_ratio, advantage, *, dims=D, position=1.0, gaussians
     advantage = torch.as_tensor(advantage, dtype=torch.float64).reshape(-1).expand_as(log_ratio)
     rows = Rows({}, {}, advantage, torch.full_like(log_ratio, 0.3).detach(), gaussians[0],
                 torch.full_like(log_ratio, position).detach())
-    new = Scored(log_ratio + 0.3, gaussians[1], torch.zeros(len(log_ratio), dims), dims)
+    empty = torch.zeros(len(log_ratio), dims)
+    new = Scored(log_ratio + 0.3, gaussians[1], empty, empty, dims)
     result = surrogate(new, rows)
     (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratio)
     return result.loss.detach(), gradient, result.held_low, result.held_high
@@ -178,7 +179,8 @@ def test_gradcheck(surrogate):
     old, advantage = torch.randn(2, 8, dtype=torch.float64)
     rows = Rows({}, {}, advantage, old, None, torch.ones(8, dtype=torch.float64))
     log_prob = (old + torch.linspace(-0.25, 0.25, 8, dtype=torch.float64)).requires_grad_()
-    torch.autograd.gradcheck(lambda lp: surrogate(Scored(lp, None, torch.zeros(8, D), D), rows).loss, (log_prob,))
+    zero = torch.zeros(8, D)
+    torch.autograd.gradcheck(lambda lp: surrogate(Scored(lp, None, zero, zero, D), rows).loss, (log_prob,))
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -190,6 +192,8 @@ def test_gradcheck(surrogate):
     (lambda: SimplePO(limit=0.0), "limit must be positive"),
     (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
     (lambda: GuardClip(low=0.0), "low must be positive"),
+    (lambda: ContrastiveMatching(beta=0.0), "beta must be positive"),
+    (lambda: evaluate(ContrastiveMatching(), [0.0], 1.0), "needs the old policy's x0"),
     (lambda: evaluate(GuardClip(), [0.0], 1.0), "needs the stored Gaussian steps"),
     (lambda: evaluate(DivergenceGate(), [0.0], 1.0), "needs the exact KL of Gaussian steps")])
 def test_refusals(make, message):

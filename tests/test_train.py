@@ -75,9 +75,10 @@ def test_ema_weights_are_swapped_in_and_out_again():
 
 def test_state_trains_what_it_is_told_to():
     modules = {"policy": Scalar(), "critic": Scalar(), "encoder": Scalar()}
-    state = TrainState.create(modules, {"policy": 1e-3, "critic": 1e-2}, weight_decay=0.1, seed=3)
+    state = TrainState.create(modules, {"policy": 1e-3, "critic": 1e-2}, weight_decay=0.1, beta2=0.95, seed=3)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in state.optimizer.param_groups] == [
         ("policy", 1e-3, 0.1), ("critic", 1e-2, 0.1)]
+    assert {g["betas"] for g in state.optimizer.param_groups} == {(0.9, 0.95)}
     with pytest.raises(ValueError, match=r"learning rates for \['actor'\], but the modules are \['critic', 'encoder'"):
         TrainState.create(modules, {"actor": 1e-3}, seed=0)
     with pytest.raises(ValueError, match=r"modules \['policy'\] have no trainable parameters"):
@@ -165,6 +166,14 @@ def test_training_times(time, generator):
         assert middle == pytest.approx({"uniform": 0.5, "logit_normal": 0.728}[time], abs=0.03)
 
 
+@pytest.mark.parametrize("time", ["uniform", "logit_normal"])
+def test_shifted_times_are_sd3_eq_23_of_the_unshifted_ones(time):
+    policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=4)
+    plain, shifted = (draw_times(Pretraining(steps=1, time=time, shift=shift), policy, 100,
+                                 torch.Generator().manual_seed(2)) for shift in (1.0, 3.0))
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+
+
 def test_denoising_loss_is_the_mean_squared_error_to_the_target():
     policy = toy_policy(MLPDenoiser(prediction="v"), DDPM(), path=VPPath(train_steps=10))
     x0, eps, cond = torch.randn(5, 2), torch.randn(5, 2), {"obs": torch.zeros(5, 1)}
@@ -201,7 +210,9 @@ def test_pretraining_learns_a_conditional_distribution(prediction, kernel, gener
     assert list(fit(plan, policy, batch, state)) == []  # a finished state has nothing left to do
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "batch_size": 0}, {"steps": 5, "learning_rate": 0.0}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "batch_size": 0}, {"steps": 5, "learning_rate": 0.0},
+                                     {"steps": 5, "beta2": 1.0}, {"steps": 5, "shift": 0.0},
+                                     {"steps": 5, "shift": 2.0, "time": "grid"}])
 def test_pretraining_refusals(options):
-    with pytest.raises(ValueError, match=r"must be at least 1, got 0|learning_rate must be positive"):
+    with pytest.raises(ValueError, match=r"must be at least 1, got 0|must be positive|beta2 must lie"):
         Pretraining(**options)

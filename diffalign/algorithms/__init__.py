@@ -9,7 +9,8 @@ from diffalign.algorithms.ddpo import DDPO
 from diffalign.algorithms.dppo import DPPO
 from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.algorithms.grpo_guard import GRPOGuard
+from diffalign.algorithms.nft import DiffusionNFT
 
-Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM, Field(discriminator="type")]
+Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT, Field(discriminator="type")]
 
-__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "FlowGRPO", "GRPOGuard"]
+__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "DiffusionNFT", "FlowGRPO", "GRPOGuard"]

@@ -7,8 +7,8 @@ Rows are indices until `rows` materializes a minibatch: conditioning is never co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,16 +39,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its velocity eps - x0, event size D.
+    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its x0 and eps, event size D.
 
     leverage is |d mean / d velocity| of the step (None where there is no Gaussian step).
     """
 
     log_prob: Float[Tensor, "M"]
     gaussian: Gaussian | None
-    velocity: Float[Tensor, "M *E"]
+    x0: Float[Tensor, "M *E"]
+    eps: Float[Tensor, "M *E"]
     dims: int
     leverage: Float[Tensor, "M"] | None = None
+
+    @property
+    def velocity(self) -> Float[Tensor, "M *E"]:
+        """eps - x0."""
+        return self.eps - self.x0
 
 
 @runtime_checkable
@@ -68,6 +74,8 @@ class Likelihood(Protocol):
 
     @property
     def has_density(self) -> bool: ...
+    @property
+    def provides(self) -> str: ...
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
                  *, generator: torch.Generator) -> ExampleSet: ...
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored: ...
@@ -111,6 +119,7 @@ class Transition:
     type: Literal["transition"] = "transition"
     denoising_discount: float = 1.0
     has_density = True
+    provides: ClassVar[str] = "gaussian step"
 
     def __post_init__(self) -> None:
         if not 0 < self.denoising_discount <= 1:
@@ -134,12 +143,12 @@ class Transition:
         x0, eps = policy.predict(data["x"], data["t"], rows.cond)
         gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps)
         leverage = policy.leverage(data["t"], data["t_next"])
-        return Scored(gaussian.log_prob(data["x_next"]), gaussian, eps - x0, gaussian.dims, leverage)
+        return Scored(gaussian.log_prob(data["x_next"]), gaussian, x0, eps, gaussian.dims, leverage)
 
 
 @dataclass(frozen=True)
 class MatchingExamples:
-    """Rows (decision n, draw j) with the noise and time drawn once (common random numbers)."""
+    """Rows (decision n, draw j) with the noise and time drawn once (common random numbers), and the old policy's x0."""
 
     trajectory: DenoisingTrajectory
     advantage: Float[Tensor, "N"]
@@ -147,6 +156,7 @@ class MatchingExamples:
     t: Float[Tensor, "R"]
     eps: Float[Tensor, "R *E"]
     old_log_prob: Float[Tensor, "R"]
+    old_x0: Float[Tensor, "R *E"]
 
     def __len__(self) -> int:
         return self.decision.shape[0]
@@ -154,7 +164,8 @@ class MatchingExamples:
     def rows(self, index: Int[Tensor, "M"]) -> Rows:
         """Materialize a minibatch."""
         n = self.decision[index]
-        data = {"x0": self.trajectory.x[n, -1], "eps": self.eps[index], "t": self.t[index]}
+        data = {"x0": self.trajectory.x[n, -1], "eps": self.eps[index], "t": self.t[index],
+                "old_x0": self.old_x0[index]}
         return Rows(data, select_rows(self.trajectory.cond, n), self.advantage[n], self.old_log_prob[index], None,
                     torch.ones_like(self.t[index]))
 
@@ -173,6 +184,7 @@ class Matching:
     weight: Literal["one", "t", "t2"] = "one"
     time: Literal["grid", "uniform"] = "grid"
     has_density = False
+    provides: ClassVar[str] = "old x0"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -189,11 +201,12 @@ class Matching:
         else:
             t = 1 - torch.rand(decision.shape, generator=generator, device=device)
         eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
-        empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t))
+        empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
         with torch.no_grad():
-            blocks = [self.score(policy, empty.rows(block)).log_prob
+            blocks = [self.score(policy, empty.rows(block))
                       for block in torch.arange(len(decision), device=device).split(rows)]
-        return MatchingExamples(trajectory, advantage, decision, t, eps, torch.cat(blocks))
+        return replace(empty, old_log_prob=torch.cat([block.log_prob for block in blocks]),
+                       old_x0=torch.cat([block.x0 for block in blocks]))
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """Weighted squared error of the prediction at (t, eps), summed over the event."""
@@ -204,4 +217,4 @@ class Matching:
         error = ((output - training_target(prediction, x0, eps, level)) ** 2).flatten(1).sum(1)
         weight = {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight]
         new_x0, new_eps = convert(prediction, output, x, level)
-        return Scored(-weight * error, None, new_eps - new_x0, x0[0].numel())
+        return Scored(-weight * error, None, new_x0, new_eps, x0[0].numel())

@@ -6,6 +6,7 @@ Legend: H decisions, B episodes of this process, N = H * B, R rows, M rows of a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser
 from diffalign.rl.advantages import Estimate, Outcome
+from diffalign.rl.likelihoods import ExampleSet
 from diffalign.rl.rollouts import Rollout, RolloutSource
 from diffalign.train import distributed, update
 from diffalign.train.losses import Metrics, RatioDrift, anchors, cloning_loss, policy_loss, value_loss
@@ -36,9 +38,12 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
     while True:
         seed = int(torch.randint(2**62, (1,), generator=state.generator, device=state.generator.device).item())
         collector = torch.Generator(state.generator.device).manual_seed(seed + distributed.rank())
-        rollout = source.collect(policy, generator=collector)
-        estimate, metrics = _estimate(pieces, rollout, state)
-        metrics |= _update_policy(pieces, policy, rollout, estimate, state, reference, demonstrations)
+        with _behavior(pieces, state):
+            rollout = source.collect(policy, generator=collector)
+            estimate, metrics = _estimate(pieces, rollout, state)
+            examples = pieces.likelihood.examples(policy, rollout.trajectory, estimate.advantage.flatten(),
+                                                  generator=state.generator)
+        metrics |= _update_policy(pieces, policy, rollout, examples, estimate, state, reference, demonstrations)
         state.step += 1
         yield Iteration(state.step, {**rollout.stats, **metrics})
 
@@ -88,12 +93,15 @@ def _estimate(pieces: OnPolicy, rollout: Rollout, state: TrainState) -> tuple[Es
     return Estimate(own(estimate.advantage), target, estimate.statistics), metrics
 
 
-def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, estimate: Estimate, state: TrainState,
-                   reference: Denoiser | None, demonstrations: Batch | None) -> Metrics:
+def _behavior(pieces: OnPolicy, state: TrainState) -> AbstractContextManager[None]:
+    return state.ema_modules() if pieces.behavior == "averaged" else nullcontext()
+
+
+def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, examples: ExampleSet,
+                   estimate: Estimate, state: TrainState, reference: Denoiser | None, demonstrations: Batch | None
+                   ) -> Metrics:
     """All optimizer steps of one rollout; the mean of their metrics."""
     plan = pieces.optimization
-    examples = pieces.likelihood.examples(policy, rollout.trajectory, estimate.advantage.flatten(),
-                                          generator=state.generator)
     held = anchors(pieces, policy, state, reference)
     kept = rollout.valid.flatten()
     collected: list[Metrics] = []
@@ -102,9 +110,10 @@ def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, 
         value_chunks = _minibatches(rollout.reward.numel(), plan.minibatches, state.generator)
         for index, decisions in zip(chunks, value_chunks, strict=True):
             losses: list[tuple[float, update.Loss]] = []
+            first = not collected and pieces.behavior == "live"
             if state.step >= plan.critic_warmup:
                 index = index[kept[examples.decision[index]]]
-                losses += [(weight, partial(policy_loss, pieces, policy, examples, part, held, not collected))
+                losses += [(weight, partial(policy_loss, pieces, policy, examples, part, held, first))
                            for weight, part in _microbatches(index, plan.microbatch_rows)]
                 if demonstrations is not None and pieces.behavior_cloning:
                     share = 1 / distributed.world_size()  # every rank draws the same demonstrations

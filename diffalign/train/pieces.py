@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from diffalign.rl.advantages import AdvantageEstimator
 from diffalign.rl.likelihoods import Likelihood
@@ -45,7 +46,8 @@ class OnPolicy:
     """A composition of pieces; the algorithm specs build it.
 
     reference_kl / reference_velocity hold the policy near the frozen reference, ema_velocity near its own average,
-    behavior_cloning near demonstrations; value_loss weighs the critic's squared error.
+    behavior_cloning near demonstrations; value_loss weighs the critic's squared error. behavior: which weights make
+    the rollouts and count as the old policy, the live ones or their average (DiffusionNFT's soft-updated old policy).
 
     Raises: ValueError where the pieces do not fit each other.
     """
@@ -59,17 +61,22 @@ class OnPolicy:
     ema_velocity: float = 0.0
     behavior_cloning: float = 0.0
     value_loss: float = 0.5
+    behavior: Literal["live", "averaged"] = "live"
 
     def __post_init__(self) -> None:
         for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "value_loss"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.surrogate.needs_density and not self.likelihood.has_density:
-            raise ValueError(f"{type(self.surrogate).__name__} needs the exact KL of Gaussian steps, which the "
-                             f"{type(self.likelihood).__name__} likelihood has not; use PPOClip or SimplePO")
+        if self.surrogate.needs is not None and self.surrogate.needs != self.likelihood.provides:
+            raise ValueError(f"{type(self.surrogate).__name__} needs the {self.surrogate.needs} of the rollout policy, "
+                             f"which the {type(self.likelihood).__name__} likelihood has not; use PPOClip or SimplePO")
         if self.reference_kl and not self.likelihood.has_density:
             raise ValueError(f"reference_kl={self.reference_kl} needs Gaussian steps, which the "
                              f"{type(self.likelihood).__name__} likelihood has not; use reference_velocity")
+        if self.behavior == "averaged" and (self.likelihood.has_density or self.optimization.ema_decay is None):
+            raise ValueError("averaged rollouts need averaged weights (set optimization.ema_decay) and a loss without "
+                             f"a likelihood ratio, got ema_decay={self.optimization.ema_decay} and the "
+                             f"{type(self.likelihood).__name__} likelihood")
         if self.ema_velocity and self.optimization.ema_decay is None:
             raise ValueError(f"ema_velocity={self.ema_velocity} needs averaged weights; set optimization.ema_decay")
 
