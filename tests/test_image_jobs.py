@@ -161,6 +161,18 @@ def test_source_groups_by_prompt_and_repeats_with_its_generator(parts: Parts) ->
         replace(source, prompts=10**6)
 
 
+def test_shared_noise_starts_the_images_of_a_prompt_alike(parts: Parts) -> None:
+    source = training_prompts(parts, Verifiable(), prompts=3, images_per_prompt=2, shared_noise=True)
+    start = source.collect(policy_of(parts), generator=torch.Generator().manual_seed(0)).trajectory.x[:, 0]
+    assert torch.equal(start[::2], start[1::2])
+    assert (start[0] - start[2]).abs().max() > 0.1
+    ended = source.collect(policy_of(parts), generator=torch.Generator().manual_seed(0)).trajectory.sample
+    assert (ended[0] - ended[1]).abs().max() > 1e-3
+    apart = replace(source, shared_noise=False)
+    start = apart.collect(policy_of(parts), generator=torch.Generator().manual_seed(0)).trajectory.x[:, 0]
+    assert (start[0] - start[1]).abs().max() > 0.1
+
+
 def test_path_kl_is_zero_at_the_reference_and_the_sum_of_step_kls_elsewhere(parts: Parts) -> None:
     policy = policy_of(parts, steps=3)
     assert path_kl(policy, parts.denoiser, parts, CAPTIONS, seed=0).abs().max() == 0

@@ -92,6 +92,15 @@ def test_a_given_window_overrides_the_draw(generator):
     assert window.tolist() == [False, False, True, True, True]
 
 
+def test_given_noise_starts_the_chain_and_must_fit(generator):
+    policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=4)
+    noise = torch.tensor([[0.3, -1.0], [2.0, 0.0]])
+    trajectory = policy.act({"obs": torch.zeros(2, 1)}, generator=generator, noise=noise).trajectory
+    assert torch.equal(trajectory.x[:, 0], noise)
+    with pytest.raises(ValueError, match=r"noise must be \(3, 2\) .* got \(2, 2\)"):
+        policy.act({"obs": torch.zeros(3, 1)}, generator=generator, noise=noise)
+
+
 def test_zero_noise_and_ode_make_a_function(generator):
     policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=4).with_sampler(ODE(), Schedule(steps=8), zero_noise=True)
     one, two = (policy.act(COND, generator=torch.Generator().manual_seed(s)).trajectory for s in (1, 2))

@@ -77,10 +77,12 @@ class DiffusionPolicy:
         return moved.mean.abs().flatten()
 
     @torch.no_grad()
-    def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None) -> Decision:
+    def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None,
+            noise: Float[Tensor, "N *E"] | None = None) -> Decision:
         """Run the chain for every row of cond and keep what the transition likelihood needs.
 
-        `trained` [K] overrides the schedule's own draw, so that all decisions of one rollout share a window.
+        `trained` [K] overrides the schedule's own draw, so that all decisions of one rollout share a window; `noise`
+        overrides the draw of the chain's start.
         """
         rows, event_dims = num_rows(cond), len(self.event)
         device = next(iter(cond.values())).device
@@ -88,7 +90,11 @@ class DiffusionPolicy:
         window = self.trained.draw(self.schedule.steps, generator) if trained is None else trained
         trained = window.clone()
         prior = standard_normal(rows, self.event, device)
-        x = torch.zeros_like(prior.mean) if self.zero_noise else prior.sample(generator)
+        if noise is None:
+            noise = torch.zeros_like(prior.mean) if self.zero_noise else prior.sample(generator)
+        elif noise.shape != prior.mean.shape:
+            raise ValueError(f"noise must be {tuple(prior.mean.shape)} (rows of cond, event), got {tuple(noise.shape)}")
+        x = noise
         xs, means, stds, log_probs = [x], [], [], []
         for k in range(self.schedule.steps):
             t, t_next = times[k].expand(rows), times[k + 1].expand(rows)

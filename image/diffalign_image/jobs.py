@@ -139,7 +139,8 @@ class ImageAlign:
     """Policy optimisation of a pre-trained model on a reward; the text encoder stays frozen.
 
     base: the run folder of the model to start from. kernel, schedule and trained are the sampler of the rollouts;
-    evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images.
+    evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images;
+    with shared_noise those of a prompt start from the same noise.
     """
 
     type: Literal["image_align"] = "image_align"
@@ -152,6 +153,7 @@ class ImageAlign:
     trained: TrainedSteps = TrainedSteps()
     prompts_per_update: int = 16
     images_per_prompt: int = 16
+    shared_noise: bool = False
     iterations: int
     evaluation: Evaluation = Evaluation()
     evaluate_every: int | None = None
@@ -174,7 +176,7 @@ class ImageAlign:
         state = TrainState.create({"policy": net}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
                                   ema_decay=plan.ema_decay, seed=self.seed)
         source = training_prompts(models.parts, self.reward, prompts=self.prompts_per_update,
-                                  images_per_prompt=self.images_per_prompt)
+                                  images_per_prompt=self.images_per_prompt, shared_noise=self.shared_noise)
         if not run.restore(state):
             self._report(run, "before", models, state)
             run.save(state)

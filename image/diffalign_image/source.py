@@ -27,7 +27,8 @@ class PromptSource:
     """Draws P prompts, makes G images of each with the policy, rewards them.
 
     captions and cond (one row per caption) are the prompts to train on, encoded once; a prompt's index is its
-    identity for running statistics. decode turns latents into images in [-1, 1].
+    identity for running statistics. decode turns latents into images in [-1, 1]. With shared_noise the images of a
+    prompt start from the same noise, so that they differ, and are compared, by the stochastic steps alone (DanceGRPO).
 
     Raises: ValueError if an update would ask for more prompts than there are.
     """
@@ -38,6 +39,7 @@ class PromptSource:
     reward: Reward
     prompts: int
     images_per_prompt: int
+    shared_noise: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompts <= len(self.captions):
@@ -49,20 +51,25 @@ class PromptSource:
     def collect(self, policy: DiffusionPolicy, *, generator: torch.Generator) -> Rollout:
         """One rollout of P x G images; prompts are drawn without replacement."""
         picked = torch.randperm(len(self.captions), generator=generator)[: self.prompts]
-        prompt = picked.repeat_interleave(self.images_per_prompt)
-        decision = policy.act(select_rows(self.cond, prompt), generator=generator)
+        group = torch.arange(self.prompts).repeat_interleave(self.images_per_prompt)
+        prompt = picked[group]
+        noise = None
+        if self.shared_noise:
+            noise = torch.randn(self.prompts, *policy.event, generator=generator)[group]
+        decision = policy.act(select_rows(self.cond, prompt), generator=generator, noise=noise)
         if decision.trajectory is None:
             raise TypeError("the policy kept no trajectory; a DiffusionPolicy does")
         images = self.decode(decision.action)
         captions = [self.captions[i] for i in prompt.tolist()]
         reward = self.reward(images, captions)
-        group = torch.arange(self.prompts).repeat_interleave(self.images_per_prompt)
         stats = {f"samples/{name}": float(values.mean()) for name, values in measure(images, captions).items()}
         return image_rollout(decision.trajectory, reward, group, prompt, stats)
 
 
-def training_prompts(parts: Parts, reward: Reward, *, prompts: int, images_per_prompt: int) -> PromptSource:
+def training_prompts(parts: Parts, reward: Reward, *, prompts: int, images_per_prompt: int, shared_noise: bool = False
+                     ) -> PromptSource:
     """A source over all training captions; the held-out ones never enter it."""
     captions = [scene.caption for scene in scenes("train")]
     cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
-    return PromptSource(captions, cond, partial(decode_latents, parts.autoencoder), reward, prompts, images_per_prompt)
+    decode = partial(decode_latents, parts.autoencoder)
+    return PromptSource(captions, cond, decode, reward, prompts, images_per_prompt, shared_noise)
