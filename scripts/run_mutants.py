@@ -148,6 +148,9 @@ def main(words: list[str]) -> int:
     """Check that the tests pass, run the chosen mutants in two processes, and report."""
     every = read(ROOT / "tests" / "mutants.txt")
     mutants = [m for m in every if all(word in f"{m.file} {' '.join(m.tests)}" for word in words)]
+    if not mutants:
+        print(f"no mutant's file or tests contain {' and '.join(words)}; without words all {len(every)} run")
+        return 2
     started = time.monotonic()
     preload()
     with tempfile.TemporaryDirectory(prefix="diffalign_mutants_") as folder:
