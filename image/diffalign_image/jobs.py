@@ -32,7 +32,7 @@ from diffalign_image.autoencoder import (
     train_autoencoder,
 )
 from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
-from diffalign_image.model import ShapesModel, TextTransformer, build
+from diffalign_image.model import JointDenoiser, ShapesModel, TextTransformer, build
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import AnyReward
 from diffalign_image.source import training_prompts
@@ -69,7 +69,7 @@ class ImagePretrain:
         """Pre-train or go on, evaluate, write the pipeline folder and a grid of pictures."""
         autoencoder = self._autoencoder(run)
         joint, tokenizer = build(self.model, self.autoencoder.latent_channels, self.seed)
-        plan, policy = self.pretraining, _policy(joint, joint.denoiser, self.schedule, ODE())
+        plan, policy = self.pretraining, _policy(joint, self.schedule, ODE())
         state = TrainState.create({"policy": joint}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
                                   beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
         run.restore(state)
@@ -84,25 +84,24 @@ class ImagePretrain:
         self._loop(run, state, fit(plan, policy, batch, state), plan.steps, "train")
         with state.ema_modules():
             parts = Parts(joint.denoiser, autoencoder, joint.text_encoder, tokenizer)
-            _report(run, "after", _policy(parts.denoiser, parts.denoiser, self.schedule, ODE()), parts, self.evaluation,
-                    state.step)
+            _report(run, "after", _policy(parts.denoiser, self.schedule, ODE()), parts, self.evaluation, state.step)
             pipeline.save(parts, run.folder("pipeline"), shift=self.schedule.shift)
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
         """Rewards of the newest checkpoint on held-out captions; episodes = number of images."""
         parts = self._parts(run)
-        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, ODE())
+        policy = _policy(parts.denoiser, self.schedule, ODE())
         return evaluate(policy, parts, _sized(self.evaluation, seed, episodes),
                         sampler=_sampler(sampler, stochastic=False))
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """A grid of pictures for held-out captions."""
         parts = self._parts(run)
-        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, ODE())
+        policy = _policy(parts.denoiser, self.schedule, ODE())
         return [_grid(policy, parts, self.evaluation, out, "samples", seed, count)]
 
     def _autoencoder(self, run: Run) -> AutoencoderKL:
-        """Trained in, or read from, the run's autoencoder/ folder."""
+        """Trained, or gone on with, in the run's autoencoder/ folder."""
         autoencoder = build_autoencoder(self.autoencoder, self.seed)
         state = autoencoder_state(self.autoencoder, autoencoder, self.seed)
         stage = Run(run.folder("autoencoder"), listener=run.listener)
@@ -122,7 +121,9 @@ class ImagePretrain:
         newest = _newest(run)
         joint, tokenizer = build(self.model, self.autoencoder.latent_channels, self.seed)
         checkpoint.load_modules(newest, {"policy": joint}, prefer_ema=True)
-        return Parts(joint.denoiser, self._autoencoder(run), joint.text_encoder.eval(), tokenizer)
+        autoencoder = build_autoencoder(self.autoencoder, self.seed)
+        checkpoint.load_modules(_newest(Run(run.path / "autoencoder")), {"autoencoder": autoencoder})
+        return Parts(joint.denoiser, freeze(autoencoder), joint.text_encoder.eval(), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class ImageAlign:
 
     def _models(self) -> _Models:
         parts = pipeline.load(self.base)
-        policy = _policy(parts.denoiser, parts.denoiser, self.schedule, self.kernel, self.trained)
+        policy = _policy(parts.denoiser, self.schedule, self.kernel, self.trained)
         return _Models(policy, parts, _frozen(parts.denoiser))
 
     def _trained(self, run: Run) -> _Models:
@@ -221,9 +222,9 @@ class ImageAlign:
             _report(run, name, models.policy, models.parts, self.evaluation, state.step, models.reference)
 
 
-def _policy(denoiser: Denoiser, transformer: TextTransformer, schedule: Schedule, kernel: choices.Kernel,
+def _policy(denoiser: TextTransformer | JointDenoiser, schedule: Schedule, kernel: choices.Kernel,
             trained: TrainedSteps | None = None) -> DiffusionPolicy:
-    return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, transformer.event, trained or TrainedSteps())
+    return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, denoiser.event, trained or TrainedSteps())
 
 
 def _frozen(denoiser: TextTransformer) -> TextTransformer:

@@ -76,6 +76,11 @@ class JointDenoiser(nn.Module):
         self.denoiser = denoiser
         self.text_encoder = text_encoder
 
+    @property
+    def event(self) -> tuple[int, int, int]:
+        """Shape of one latent, (Z, 8, 8)."""
+        return self.denoiser.event
+
     def forward(self, x: Float[Tensor, "N Z 8 8"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z 8 8"]:
         """The velocity eps - x0."""
         velocity: Tensor = self.denoiser(x, t, encode(self.text_encoder, cond["tokens"]))
