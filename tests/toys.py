@@ -71,12 +71,12 @@ class PointMass:
         position = 2 * torch.rand(self.episodes, generator=generator) - 1
         position = position.sign() * (position.abs() + 0.5)
         alive = torch.ones(self.episodes, dtype=torch.bool)
-        trajectories, rewards, ends, cuts, valid, after = [], [], [], [], [], []
+        decisions, rewards, ends, cuts, valid, after = [], [], [], [], [], []
         for h in range(self.limit):
-            trajectory = policy.act({"obs": position[:, None]}, generator=generator).trajectory
-            position = torch.where(alive, position + 0.3 * trajectory.sample[:, 0].clamp(-1, 1), position)
+            decision = policy.act({"obs": position[:, None]}, generator=generator)
+            position = torch.where(alive, position + 0.3 * decision.action[:, 0].clamp(-1, 1), position)
             reached = position.abs() < 0.2
-            trajectories.append(trajectory)
+            decisions.append(decision)
             rewards.append((reached & alive).float() - 0.1 * position.abs() * alive)
             ends.append(reached & alive)
             cuts.append(alive & ~reached & (h == self.limit - 1))
@@ -84,7 +84,10 @@ class PointMass:
             after.append(position[:, None])
             alive = alive & ~reached
         stack = torch.stack
-        return Rollout(concatenate(trajectories), stack(rewards), stack(ends), stack(cuts), stack(valid),
-                       {"obs": torch.cat(after)}, torch.arange(self.episodes), torch.arange(self.episodes),
-                       {"success_rate": float(stack(ends).any(0).float().mean())})
+        signals = {name: torch.cat([d.signals[name] for d in decisions]) for name in decisions[0].signals}
+        return Rollout(concatenate([d.trajectory for d in decisions]), stack(rewards), stack(ends), stack(cuts),
+                       stack(valid), {"obs": torch.cat(after)}, torch.arange(self.episodes),
+                       torch.arange(self.episodes),
+                       {"success_rate": float(stack(ends).any(0).float().mean())},
+                       signals)
 

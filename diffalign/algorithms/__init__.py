@@ -1,4 +1,5 @@
-"""The closed union of algorithms: each is a spec whose `compose()` gives the pieces of the on-policy loop."""
+"""The closed unions of algorithms: each is a spec whose `compose()` gives the pieces of the on-policy, off-policy or
+preference loop."""
 
 from typing import Annotated
 
@@ -6,11 +7,20 @@ from pydantic import Field
 
 from diffalign.algorithms.awm import AWM
 from diffalign.algorithms.ddpo import DDPO
+from diffalign.algorithms.dpo import DPO
 from diffalign.algorithms.dppo import DPPO
+from diffalign.algorithms.dsrl import DSRL
+from diffalign.algorithms.expo import EXPO
 from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.algorithms.grpo_guard import GRPOGuard
 from diffalign.algorithms.nft import DiffusionNFT
+from diffalign.algorithms.rerank import Rerank
+from diffalign.algorithms.residual import ResidualRL
+from diffalign.algorithms.seppo import SePPO
 
 Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT, Field(discriminator="type")]
+PreferenceAlgorithm = Annotated[SePPO | DPO, Field(discriminator="type")]
+OffPolicyAlgorithm = Annotated[DSRL | ResidualRL | EXPO | Rerank, Field(discriminator="type")]
 
-__all__ = ["AWM", "DDPO", "DPPO", "Algorithm", "DiffusionNFT", "FlowGRPO", "GRPOGuard"]
+__all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "Algorithm", "DiffusionNFT", "FlowGRPO", "GRPOGuard",
+           "OffPolicyAlgorithm", "PreferenceAlgorithm", "Rerank", "ResidualRL", "SePPO"]

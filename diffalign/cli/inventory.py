@@ -33,7 +33,9 @@ def inventory() -> Inventory:
     """kind -> name -> one line, of the core and of the adapters; a kind whose extra is missing is empty."""
     from diffalign import algorithms, choices
 
-    found = {"algorithms": described(algorithms.Algorithm)}
+    found = {"algorithms": described(algorithms.Algorithm),
+             "off_policy_algorithms": described(algorithms.OffPolicyAlgorithm),
+             "preference_algorithms": described(algorithms.PreferenceAlgorithm)}
     found |= {kind: described(union) for kind, union in choices.UNIONS.items()}
     for kind, (module, name) in _OF_ADAPTERS.items():
         try:

@@ -23,6 +23,8 @@ _JOBS = {
     "robot_collect": ("Demonstrations by a scripted expert", "episodes", "One point an episode."),
     "robot_bc": ("Behaviour cloning", "steps", "Measured on training batches."),
     "robot_align": ("Robot policy alignment", "iterations", "Measured on the exploring policy's own rollouts."),
+    "robot_off_policy": ("Off-policy improvement of a frozen robot policy", "iterations",
+                         "Measured on the exploring policy's own rollouts."),
     "image_pretrain": ("Image model pre-training", "steps", "Measured on training batches."),
     "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),
 }

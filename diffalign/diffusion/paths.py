@@ -33,6 +33,10 @@ class Path(Protocol):
         """alpha and sigma at path time t, shaped [N] + [1] * event_dims."""
         ...
 
+    def time_at(self, level: Level) -> Float[Tensor, "N"]:
+        """The path time whose alpha / sigma is, or is nearest to, that of a level of any path."""
+        ...
+
 
 def _rows(values: Tensor, event_dims: int) -> Tensor:
     return values.reshape(values.shape + (1,) * event_dims)
@@ -53,6 +57,10 @@ class FlowPath:
         """alpha = 1 - t and sigma = t."""
         _check_time(t)
         return Level(_rows(1 - t, event_dims), _rows(t, event_dims))
+
+    def time_at(self, level: Level) -> Float[Tensor, "N"]:
+        """sigma / (alpha + sigma)."""
+        return (level.sigma / (level.alpha + level.sigma)).flatten()
 
 
 @spec
@@ -80,6 +88,14 @@ class VPPath:
         _check_time(t)
         abar = alphas_cumprod(self).to(t.device)[self.index(t)]
         return Level(_rows(abar.sqrt().to(t.dtype), event_dims), _rows((1 - abar).sqrt().to(t.dtype), event_dims))
+
+    def time_at(self, level: Level) -> Float[Tensor, "N"]:
+        """The table entry nearest in the angle atan2(sigma, alpha)."""
+        abar = alphas_cumprod(self).to(level.alpha.device)
+        angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+        wanted = torch.atan2(level.sigma.double(), level.alpha.double()).flatten()
+        index = (wanted[:, None] - angles).abs().argmin(1)
+        return (index / self.train_steps).to(level.alpha.dtype)
 
     def index(self, t: Float[Tensor, "N"]) -> Tensor:
         """Table entry of path time t in 0..train_steps, 0 = clean; diffusers' timestep is this minus one."""

@@ -36,6 +36,13 @@ class DenoisingTrajectory:
         return self.x[:, -1]
 
 
+def settled(action: Float[Tensor, "N *E"], cond: Cond) -> DenoisingTrajectory:
+    """The chain of no steps that ends at `action`: a decision whose denoising is not scored."""
+    rows, none = action.shape[0], action.new_zeros(action.shape[0], 0)
+    return DenoisingTrajectory(action[:, None], action.new_zeros(1), torch.zeros(0, dtype=torch.bool), none,
+                               action.new_zeros(rows, 0, *action.shape[1:]), none, cond)
+
+
 def concatenate(parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:
     """The rows of several trajectories in order (decisions of a rollout: time-major).
 

@@ -76,6 +76,10 @@ class DiffusionPolicy:
         moved = self.kernel.moments(torch.zeros_like(total), -now.sigma / total, now.alpha / total, now, nxt)
         return moved.mean.abs().flatten()
 
+    def window(self, generator: torch.Generator) -> Tensor:
+        """A draw of the trained denoising steps [K], for all decisions of one rollout."""
+        return self.trained.draw(self.schedule.steps, generator)
+
     @torch.no_grad()
     def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None,
             noise: Float[Tensor, "N *E"] | None = None) -> Decision:
@@ -87,7 +91,7 @@ class DiffusionPolicy:
         rows, event_dims = num_rows(cond), len(self.event)
         device = next(iter(cond.values())).device
         times = self.schedule.times().to(device)
-        window = self.trained.draw(self.schedule.steps, generator) if trained is None else trained
+        window = self.window(generator) if trained is None else trained
         trained = window.clone()
         prior = standard_normal(rows, self.event, device)
         if noise is None:

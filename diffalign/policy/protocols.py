@@ -5,7 +5,7 @@ Legend: N rows, *E event axes, t in [0, 1] path time with 1 = noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,18 +31,26 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy decided for N rows: the action (image, latent or action chunk) and how it was denoised."""
+    """What a policy decided for N rows: the action (image, latent or action chunk) and how it was denoised.
+
+    signals: what an off-policy learner must remember beside the action, every leaf [N, ...].
+    """
 
     action: Float[Tensor, "N *E"]
-    trajectory: DenoisingTrajectory | None
+    trajectory: DenoisingTrajectory
+    signals: Cond = field(default_factory=dict)
 
 
 @runtime_checkable
 class Policy(Protocol):
     """What an environment or a prompt source needs."""
 
-    def act(self, cond: Cond, *, generator: torch.Generator) -> Decision:
-        """One decision per row of cond."""
+    def window(self, generator: torch.Generator) -> Tensor | None:
+        """What all decisions of one rollout share: the trained denoising steps [K], or None."""
+        ...
+
+    def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None) -> Decision:
+        """One decision per row of cond; `trained` is the rollout's window."""
         ...
 
 

@@ -175,7 +175,7 @@ class Matching:
     """Minus the pre-training loss on the policy's own samples: -w(t) ||target - prediction||^2 (AWM, eq. 9; FPO).
 
     Any sampler may have made the samples. `draws` noise-time pairs per sample, shared by the old and the new policy.
-    time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform.
+    time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform on [t_min, 1].
     Unit `per_dim` of the surrogate gives AWM's mean over the event.
     """
 
@@ -183,12 +183,17 @@ class Matching:
     draws: int = 4
     weight: Literal["one", "t", "t2"] = "one"
     time: Literal["grid", "uniform"] = "grid"
+    t_min: float = 0.0
     has_density = False
     provides: ClassVar[str] = "old x0"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}")
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"t_min must lie in [0, 1), got {self.t_min}")
+        if self.t_min and self.time != "uniform":
+            raise ValueError(f"t_min={self.t_min} applies to time: uniform, got time: {self.time}")
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
                  *, generator: torch.Generator) -> MatchingExamples:
@@ -199,7 +204,7 @@ class Matching:
             grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
             t = grid[torch.randint(len(grid), decision.shape, generator=generator, device=device)]
         else:
-            t = 1 - torch.rand(decision.shape, generator=generator, device=device)
+            t = 1 - (1 - self.t_min) * torch.rand(decision.shape, generator=generator, device=device)
         eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
         empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
         with torch.no_grad():

@@ -6,7 +6,7 @@ Legend: H decisions, B parallel episodes (prompts x group, or environments), N =
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,7 +27,8 @@ class Rollout:
     after the step and before any reset. `terminated` ends the task, `truncated` is a time limit: the first removes
     the bootstrap value, both end the episode. `valid` is False for decisions that were not executed (an environment
     that idles after its episode ended). `group` numbers rows that are compared with each other, `prompt` names the
-    condition across iterations for running statistics. `stats` are logged as they are.
+    condition across iterations for running statistics. `stats` are logged as they are. `signals` are those of the
+    policy's decisions, rows as in `trajectory`.
     """
 
     trajectory: DenoisingTrajectory
@@ -39,6 +40,7 @@ class Rollout:
     group: Int[Tensor, "B"]
     prompt: Int[Tensor, "B"]
     stats: Metrics
+    signals: Cond = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.reward.numel()

@@ -57,8 +57,6 @@ class PromptSource:
         if self.shared_noise:
             noise = torch.randn(self.prompts, *policy.event, generator=generator)[group]
         decision = policy.act(select_rows(self.cond, prompt), generator=generator, noise=noise)
-        if decision.trajectory is None:
-            raise TypeError("the policy kept no trajectory; a DiffusionPolicy does")
         images = self.decode(decision.action)
         captions = [self.captions[i] for i in prompt.tolist()]
         reward = self.reward(images, captions)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,10 @@ _MIN_AREA, _MAX_AREA = 40.0, 140.0  # square pixels; rendered objects have 56 to
 _SHARPNESS = 25.0  # softmax temperature over shapes: an overlap 0.1 better than every other shape's is a clear win
 
 
+Part = Literal["color", "shape", "relation"]
+PARTS: tuple[Part, ...] = ("color", "shape", "relation")
+
+
 @dataclass(frozen=True)
 class Parts:
     """Scores in [0, 1] per image: color present and shape right of each stated object, and the relation."""
@@ -27,10 +32,10 @@ class Parts:
     shape: Float[Tensor, "N 2"]
     relation: Float[Tensor, "N"]
 
-    @property
-    def score(self) -> Float[Tensor, "N"]:
-        """Mean of the five stated parts."""
-        return torch.cat([self.color, self.shape, self.relation[:, None]], 1).mean(1)
+    def score(self, parts: Sequence[Part] = PARTS) -> Float[Tensor, "N"]:
+        """Mean of the stated parts, of which color and shape have one per object."""
+        columns = {"color": self.color, "shape": self.shape, "relation": self.relation[:, None]}
+        return torch.cat([columns[part] for part in parts], 1).mean(1)
 
     @property
     def all_right(self) -> Bool[Tensor, "N"]:

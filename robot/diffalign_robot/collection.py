@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from diffalign.spec import spec
@@ -9,15 +10,20 @@ from diffalign.train.run import Run
 from diffalign.train.statistics import wilson
 from diffalign_robot.choices import Environment
 from diffalign_robot.demos import collect, join, scripted_expert
-from diffalign_robot.runs import packages
+from diffalign_robot.evaluate import policy_actor
+from diffalign_robot.runs import load_policy, packages
 
 
 @spec
 class RobotCollect:
-    """Noisy demonstrations by a scripted expert: demonstrations.safetensors in the run folder."""
+    """Episodes by a scripted expert with noise, or by a trained policy: demonstrations.safetensors in the run folder.
+
+    policy: the run folder of a policy to act instead of the expert (then action_noise is usually 0).
+    """
 
     type: Literal["robot_collect"] = "robot_collect"
     environment: Environment
+    policy: str | None = None
     episodes: int = 50
     action_noise: float = 0.3
     seed: int = 0
@@ -36,8 +42,11 @@ class RobotCollect:
         run.total = self.episodes
         seeds = [1_000_000 * (self.seed + 1) + i for i in range(self.episodes)]
         episodes = []
-        for obs, action, success in collect(self.environment, scripted_expert(self.environment), seeds=seeds,
-                                            action_noise=self.action_noise, noise_seed=self.seed):
+        actor = scripted_expert(self.environment)
+        if self.policy is not None:
+            actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
+        for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
+                                            noise_seed=self.seed):
             episodes.append((obs, action, success))
             run.log(len(episodes), {"success": float(success), "length": float(len(obs))})
         won = sum(success for _, _, success in episodes)

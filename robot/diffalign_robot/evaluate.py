@@ -5,23 +5,37 @@ Legend: B environments, N episodes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
 from diffalign.diffusion import DDIM, DDPM, ODE, Kernel
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.improved import ImprovedPolicy
 from diffalign.train.statistics import mean_interval, wilson
 from diffalign_robot.choices import Environment
+from diffalign_robot.envs import Array
 from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
 Sampler = Literal["stochastic", "zero_noise", "ode"]
+RobotPolicy = DiffusionPolicy | ImprovedPolicy
 
 
-def evaluation_policy(policy: DiffusionPolicy, sampler: Sampler) -> DiffusionPolicy:
-    """The policy as it is evaluated: without exploration floors, stochastic, from zero noise, or by the ODE."""
+@overload
+def evaluation_policy(policy: DiffusionPolicy, sampler: Sampler) -> DiffusionPolicy: ...
+@overload
+def evaluation_policy(policy: ImprovedPolicy, sampler: Sampler) -> ImprovedPolicy: ...
+def evaluation_policy(policy: RobotPolicy, sampler: Sampler) -> RobotPolicy:
+    """The policy as it is evaluated: without exploration floors, stochastic, from zero noise, or by the ODE.
+
+    An improved policy takes its actor's mean, and its base is sampled in that way.
+    """
+    if isinstance(policy, ImprovedPolicy):
+        return replace(policy.with_mode("exploit"), base=evaluation_policy(policy.base, sampler))
     if sampler == "stochastic":
         return policy.with_sampler(_without_floor(policy.kernel))
     return policy.with_sampler(ODE(), zero_noise=sampler == "zero_noise")
@@ -38,7 +52,7 @@ def seeds_for(seed: int, episodes: int) -> list[int]:
     return [2**31 + 1_000_000 * seed + i for i in range(episodes)]
 
 
-def evaluate(policy: DiffusionPolicy, env: ChunkVectorEnv, *, seed: int, episodes: int, sampler: Sampler
+def evaluate(policy: RobotPolicy, env: ChunkVectorEnv, *, seed: int, episodes: int, sampler: Sampler
              ) -> dict[str, Any]:
     """success_rate with its Wilson interval and the mean return with its t interval, over episodes by seed.
 
@@ -73,13 +87,35 @@ def evaluate(policy: DiffusionPolicy, env: ChunkVectorEnv, *, seed: int, episode
             "return_interval": [low, high], "env_steps": executed}
 
 
-def describe(policy: DiffusionPolicy, sampler: Sampler) -> str:
-    """For example "ddpm (10 steps, stochastic)"."""
+def describe(policy: RobotPolicy, sampler: Sampler) -> str:
+    """For example "ddpm (10 steps, stochastic)"; for an improved policy its base, and "improved on actions"."""
+    if isinstance(policy, ImprovedPolicy):
+        operator: Any = policy.operator
+        return f"{describe(policy.base, sampler)}, improved on {operator.type}"
     kernel: Any = policy.kernel
     return f"{kernel.type} ({policy.schedule.steps} steps, {sampler.replace('_', ' ')})"
 
 
-def record(policy: DiffusionPolicy, spec: Environment, out: Path, *, seed: int, count: int, sampler: Sampler
+def policy_actor(policy: DiffusionPolicy, *, seed: int) -> Callable[[], Callable[[Array], Array]]:
+    """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop."""
+    acting, generator = evaluation_policy(policy, "stochastic"), torch.Generator().manual_seed(seed)
+    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+
+    def build() -> Callable[[Array], Array]:
+        queue: list[Array] = []
+
+        def act(obs: Array) -> Array:
+            if not queue:
+                decision = acting.act({"obs": torch.from_numpy(obs)[None].float()}, generator=generator)
+                queue.extend(unnormalize(decision.action)[0].numpy())
+            return queue.pop(0)
+
+        return act
+
+    return build
+
+
+def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, count: int, sampler: Sampler
            ) -> Path:
     """An MP4 of `count` episodes one after the other: every second control step at 40 frames a second.
 

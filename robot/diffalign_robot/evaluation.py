@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign_robot.choices import Environment, MetaWorld
-from diffalign_robot.evaluate import Sampler, evaluate, record
+from diffalign_robot.evaluate import RobotPolicy, Sampler, evaluate, record
 from diffalign_robot.vector import ChunkVectorEnv
 
 
@@ -31,7 +30,7 @@ class Evaluation:
                              f"got {self.episodes}, {self.every}, {self.videos}")
 
 
-def evaluate_and_log(run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,
+def evaluate_and_log(run: Run, policy: RobotPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,
                      name: str) -> dict[str, Any]:
     """Evaluate, append an eval line to the log and write evaluations/<name>.json."""
     result = evaluate(policy, env, seed=seed, episodes=plan.episodes, sampler=plan.sampler)
@@ -42,7 +41,7 @@ def evaluate_and_log(run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, pla
     return result
 
 
-def film(run: Run, policy: DiffusionPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str
+def film(run: Run, policy: RobotPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str
          ) -> None:
     """Write videos/<name>.mp4 where the environment can be rendered."""
     if plan.videos and isinstance(environment, MetaWorld):
@@ -50,7 +49,7 @@ def film(run: Run, policy: DiffusionPolicy, environment: Environment, plan: Eval
                sampler=plan.sampler)
 
 
-def sample_videos(policy: DiffusionPolicy, environment: Environment, out: Path, *, seed: int, count: int,
+def sample_videos(policy: RobotPolicy, environment: Environment, out: Path, *, seed: int, count: int,
                   sampler: Sampler) -> list[Path]:
     """One video per episode seed, out/episode_<i>.mp4."""
     return [record(policy, environment, out / f"episode_{i}.mp4", seed=seed + i, count=1, sampler=sampler)

@@ -3,5 +3,6 @@
 from diffalign_robot.alignment import RobotAlign
 from diffalign_robot.cloning import RobotBC
 from diffalign_robot.collection import RobotCollect
+from diffalign_robot.improvement import RobotOffPolicy
 
-JOBS = (RobotCollect, RobotBC, RobotAlign)
+JOBS = (RobotCollect, RobotBC, RobotAlign, RobotOffPolicy)

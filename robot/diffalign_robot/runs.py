@@ -65,6 +65,9 @@ def load_policy(folder: Path) -> DiffusionPolicy:
     architecture = config
     while architecture["type"] == "robot_align":
         architecture = config_of(Path(architecture["base"]), "diffalign train configs/robot/pick_place_bc.yaml")
+    if config["type"] == "robot_off_policy":
+        raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
+                         "critic improve that one; take the base run")
     if architecture["type"] != "robot_bc":
         raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc or robot_align run")
     shapes = checkpoint.shapes(found)

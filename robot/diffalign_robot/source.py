@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffalign.diffusion.trajectories import concatenate
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.improved import ImprovedPolicy
+from diffalign.policy.protocols import Policy
 from diffalign.rl.rollouts import Rollout
 from diffalign_robot.networks import ChunkDenoiser
 from diffalign_robot.vector import ChunkStep, ChunkVectorEnv
@@ -35,22 +37,20 @@ class EnvSource:
     env: ChunkVectorEnv
     reward_scale: float = 1.0
 
-    def collect(self, policy: DiffusionPolicy, *, generator: torch.Generator) -> Rollout:
+    def collect(self, policy: Policy, *, generator: torch.Generator) -> Rollout:
         """Decide until every episode has ended."""
         unnormalize = chunk_denoiser(policy).action_normalizer.unnormalize
-        trained = policy.trained.draw(policy.schedule.steps, generator)
+        window = policy.window(generator)
         start = time.perf_counter()
         obs = torch.from_numpy(self.env.reset(episode_seeds(self.env.count, generator)))
         alive = torch.ones(self.env.count, dtype=torch.bool)
-        trajectories, steps, valid, deciding = [], [], [], 0.0
+        decisions, steps, valid, deciding = [], [], [], 0.0
         while bool(alive.any()):
             before = time.perf_counter()
-            decision = policy.act({"obs": obs}, generator=generator, trained=trained)
+            decision = policy.act({"obs": obs}, generator=generator, trained=window)
             deciding += time.perf_counter() - before
-            if decision.trajectory is None:
-                raise ValueError("an environment rollout needs the policy's denoising trajectories")
             step = self.env.step(unnormalize(decision.action).numpy())
-            trajectories.append(decision.trajectory)
+            decisions.append(decision)
             steps.append(step)
             valid.append(alive)
             obs = torch.from_numpy(step.obs)
@@ -63,14 +63,17 @@ class EnvSource:
                  "episode_decisions": float(torch.stack(valid).sum(0).float().mean()),
                  "time/rollout": total, "time/policy": deciding, "env_steps_per_s": executed / total}
         number = torch.arange(self.env.count)
-        return Rollout(concatenate(trajectories), self.reward_scale * _stack(steps, "reward"),
+        signals = {name: torch.cat([d.signals[name] for d in decisions]) for name in decisions[0].signals}
+        return Rollout(concatenate([d.trajectory for d in decisions]), self.reward_scale * _stack(steps, "reward"),
                        _stack(steps, "terminated"), _stack(steps, "truncated"), torch.stack(valid),
-                       {"obs": torch.cat([torch.from_numpy(step.obs) for step in steps])}, number, number, stats)
+                       {"obs": torch.cat([torch.from_numpy(step.obs) for step in steps])}, number, number, stats,
+                       signals)
 
 
-def chunk_denoiser(policy: DiffusionPolicy) -> ChunkDenoiser:
-    """The policy's denoiser, which owns the normalizers."""
-    denoiser: object = policy.denoiser
+def chunk_denoiser(policy: Policy) -> ChunkDenoiser:
+    """The denoiser of the policy, or of the base that it improves; it owns the normalizers."""
+    base = policy.base if isinstance(policy, ImprovedPolicy) else policy
+    denoiser: object = base.denoiser if isinstance(base, DiffusionPolicy) else base
     if not isinstance(denoiser, ChunkDenoiser):
         raise TypeError(f"a robot policy needs a ChunkDenoiser with its normalizers, got {type(denoiser).__name__}")
     return denoiser

@@ -1,0 +1,136 @@
+"""The job that improves a frozen policy off-policy: steering, residuals, edits, re-ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.algorithms import OffPolicyAlgorithm
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.improved import ImprovedPolicy
+from diffalign.rl.replay import Replay
+from diffalign.spec import spec
+from diffalign.train import checkpoint, off_policy
+from diffalign.train.off_policy_pieces import OffPolicy
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState
+from diffalign_robot.choices import Environment
+from diffalign_robot.demos import Demonstrations
+from diffalign_robot.evaluate import Sampler, evaluate, evaluation_policy
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.replay import demonstration_rows
+from diffalign_robot.runs import load_policy, newest_checkpoint, require_same_shapes
+from diffalign_robot.source import EnvSource, chunk_denoiser
+from diffalign_robot.vector import ChunkVectorEnv
+
+
+@spec
+class RobotOffPolicy:
+    """Off-policy RL on the frozen policy in the run folder `base`; every iteration is num_envs episodes, then updates.
+
+    demonstrations: run folders whose demonstrations fill the algorithm's demonstration_fraction of every batch.
+    online false trains on them alone, without a simulator step. sampler: how the base acts, `stochastic` or `ode`.
+    """
+
+    type: Literal["robot_off_policy"] = "robot_off_policy"
+    base: str
+    environment: Environment
+    algorithm: OffPolicyAlgorithm
+    demonstrations: tuple[str, ...] = ()
+    online: bool = True
+    sampler: Literal["stochastic", "ode"] = "stochastic"
+    iterations: int = 60
+    num_envs: int = 10
+    workers: int = 1
+    reward_scale: float = 1.0
+    evaluation: Evaluation = Evaluation()
+    save_every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "num_envs", "workers", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        pieces = self.algorithm.compose()  # refuses pieces that do not fit
+        if not self.online and not self.demonstrations:
+            raise ValueError("online: false trains on demonstrations alone and there are none; "
+                             "give their run folders or set online: true")
+        if self.demonstrations and not pieces.operator.scores_actions:
+            raise ValueError("dsrl's sac variant learns the value of initial noise, which demonstrations do not have; "
+                             "use variant: na or leave demonstrations out")
+
+    def train(self, run: Run) -> None:
+        """Evaluate, improve with evaluations on the way, evaluate and film again."""
+        pieces, policy, state = self._build()
+        demonstrations = self._demonstrations(policy, state)
+        resumed = run.restore(state)
+        run.total = self.iterations
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        network = chunk_denoiser(policy)
+        require_same_shapes((env.obs_dim, env.action_dim),
+                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        if not resumed:
+            evaluate_and_log(run, policy.base, env, self.evaluation, seed=self.seed, step=0, name="before")
+            film(run, policy.base, self.environment, self.evaluation, seed=self.seed, name="before")
+        source = EnvSource(env, self.reward_scale) if self.online else None
+        loop = off_policy.optimize(pieces, policy, source, state, demonstrations=demonstrations)
+        while state.step < self.iterations:
+            iteration = next(loop)
+            total = state.count("env_steps", iteration.metrics.get("env_steps", 0.0))
+            run.log(iteration.step, {**iteration.metrics, "env_steps_total": total})
+            last = state.step == self.iterations
+            if last or state.step % self.evaluation.every == 0:
+                evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=state.step,
+                                 name="after" if last else f"step_{state.step:06d}")
+            if last or state.step % self.save_every == 0:
+                run.save(state)
+        film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
+        env.close()
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+        """Success rate of the newest checkpoint."""
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
+                            sampler=sampler or self.evaluation.sampler)
+        finally:
+            env.close()
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Videos of the newest checkpoint."""
+        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+                             sampler=self.evaluation.sampler)
+
+    def _build(self) -> tuple[OffPolicy, ImprovedPolicy, TrainState]:
+        pieces = self.algorithm.compose()
+        base = self._base()
+        normalizer = chunk_denoiser(base).observation_normalizer
+        modules = off_policy.build_modules(pieces, base, normalizer, seed=self.seed)
+        modules = {"policy": chunk_denoiser(base).requires_grad_(False), **modules}
+        return pieces, off_policy.improved_policy(pieces, base, modules), off_policy.build_state(
+            pieces, modules, seed=self.seed)
+
+    def _base(self) -> DiffusionPolicy:
+        return evaluation_policy(load_policy(Path(self.base)), self.sampler)
+
+    def _trained(self, run: Run) -> ImprovedPolicy:
+        _, policy, state = self._build()
+        checkpoint.load_modules(newest_checkpoint(run.path, "diffalign train CONFIG"), state.modules)
+        return policy
+
+    def _demonstrations(self, policy: ImprovedPolicy, state: TrainState) -> Replay | None:
+        """Demonstrations as transitions; their base signals are drawn once, from the job's seed."""
+        if not self.demonstrations:
+            return None
+        data = [Demonstrations.load(Path(folder)) for folder in self.demonstrations]
+        generator = torch.Generator().manual_seed(self.seed)
+        plan = self.algorithm.compose().learning
+        rows = [demonstration_rows(part, policy, discount=plan.discount, reward_scale=self.reward_scale,
+                                   generator=generator) for part in data]
+        replay = Replay({}, "demonstrations", sum(len(part.reward) for part in rows))
+        for part in rows:
+            replay.add(part)
+        return replay
