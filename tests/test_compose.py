@@ -90,7 +90,8 @@ def test_the_closed_form_weights_beat_a_grid(seed):
     eps = torch.randn(50, 2, generator=g)
     predictions = eps + torch.randn(2, 1, 2, generator=g) + 0.5 * torch.randn(2, 50, 2, generator=g)
     best = best_pair_weights(predictions, eps)
-    assert sum(best) == pytest.approx(1) and min(best) >= 0
+    assert sum(best) == pytest.approx(1)
+    assert min(best) >= 0
 
     def error(weight):
         return float(((1 - weight) * predictions[0] + weight * predictions[1] - eps).square().mean())

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 Sampler = Literal["stochastic", "zero_noise", "ode"]
 # Known without importing an adapter; tests/test_cli.py asserts that each adapter's JOBS are exactly these.
 JOB_TYPES = {
-    "robot": ("robot_collect", "robot_bc", "robot_align", "robot_off_policy"),
-    "image": ("image_pretrain", "image_align"),
+    "robot": ("robot_collect", "robot_bc", "robot_align", "robot_off_policy",
+              "robot_preference", "robot_compose"),
+    "image": ("image_pretrain", "image_align", "image_preference"),
 }
 
 

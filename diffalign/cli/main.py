@@ -112,6 +112,10 @@ COMMANDS = {
         "commands", "train", "record demonstrations (a robot_collect recipe)",
         "diffalign collect configs/robot/pick_place_collect.yaml seed=1 --run runs/pick-place-collect-1",
         _train_arguments, threads=True),
+    "compose": Command(
+        "commands", "train", "search the weights of a composition of policies (a robot_compose recipe)",
+        "diffalign compose configs/robot/pick_place_compose.yaml --run runs/pick-place-compose",
+        _train_arguments, threads=True),
     "evaluate": Command(
         "commands", "evaluate", "evaluate the trained policy of a run, with 95 % intervals",
         "diffalign evaluate runs/demo-robot --seed 1 --episodes 100 --json",

@@ -42,8 +42,9 @@ class RobotCollect:
         run.total = self.episodes
         seeds = [1_000_000 * (self.seed + 1) + i for i in range(self.episodes)]
         episodes = []
-        actor = scripted_expert(self.environment)
-        if self.policy is not None:
+        if self.policy is None:
+            actor = scripted_expert(self.environment)
+        else:
             actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
         for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
                                             noise_seed=self.seed):

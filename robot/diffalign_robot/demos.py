@@ -50,6 +50,14 @@ class Demonstrations:
                              f"`diffalign train configs/robot/pick_place_collect.yaml --run {folder}`")
         return cls(**load_file(file))
 
+    def successful(self) -> Demonstrations:
+        """The successful episodes. Raises: ValueError if there are none."""
+        kept = self.success.bool()
+        if not bool(kept.any()):
+            raise ValueError(f"none of the {len(kept)} recorded episodes succeeded; record others")
+        steps = kept.repeat_interleave(self.lengths)
+        return Demonstrations(self.obs[steps], self.action[steps], self.lengths[kept], self.success[kept])
+
     def windows(self, chunk: int) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
         """Every (observation, the chunk of actions that followed it) that lies inside one episode.
 

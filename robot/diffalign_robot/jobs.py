@@ -3,6 +3,8 @@
 from diffalign_robot.alignment import RobotAlign
 from diffalign_robot.cloning import RobotBC
 from diffalign_robot.collection import RobotCollect
+from diffalign_robot.composition import RobotCompose
 from diffalign_robot.improvement import RobotOffPolicy
+from diffalign_robot.preference import RobotPreference
 
-JOBS = (RobotCollect, RobotBC, RobotAlign, RobotOffPolicy)
+JOBS = (RobotCollect, RobotBC, RobotAlign, RobotOffPolicy, RobotPreference, RobotCompose)

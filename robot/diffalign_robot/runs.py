@@ -56,20 +56,21 @@ def packages() -> dict[str, str]:
 
 
 def load_policy(folder: Path) -> DiffusionPolicy:
-    """The averaged policy of a robot_bc run, or of a robot_align run (whose network is that of its base run).
+    """The averaged policy of a robot_bc run, or of one that fine-tuned it (whose network is that of its base run).
 
     The checkpoint holds the normalizers, so the result acts on raw observations and decodes to robot units.
     """
     config = config_of(folder, "diffalign train configs/robot/pick_place_bc.yaml")
     found = newest_checkpoint(folder, "diffalign train configs/robot/pick_place_bc.yaml")
     architecture = config
-    while architecture["type"] == "robot_align":
+    while architecture["type"] in ("robot_align", "robot_preference"):
         architecture = config_of(Path(architecture["base"]), "diffalign train configs/robot/pick_place_bc.yaml")
     if config["type"] == "robot_off_policy":
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
                          "critic improve that one; take the base run")
     if architecture["type"] != "robot_bc":
-        raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc or robot_align run")
+        raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc, robot_align "
+                         "or robot_preference run")
     shapes = checkpoint.shapes(found)
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
     network = ChunkMLP(**architecture["network"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.diffusion.trajectories import concatenate
+from diffalign.policy.compose import Composition
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
 from diffalign.policy.protocols import Policy
@@ -71,9 +72,11 @@ class EnvSource:
 
 
 def chunk_denoiser(policy: Policy) -> ChunkDenoiser:
-    """The denoiser of the policy, or of the base that it improves; it owns the normalizers."""
+    """The denoiser that owns the normalizers: the policy's, of the base it improves, or of the first it composes."""
     base = policy.base if isinstance(policy, ImprovedPolicy) else policy
     denoiser: object = base.denoiser if isinstance(base, DiffusionPolicy) else base
+    if isinstance(denoiser, Composition):
+        return chunk_denoiser(denoiser.policies[0])
     if not isinstance(denoiser, ChunkDenoiser):
         raise TypeError(f"a robot policy needs a ChunkDenoiser with its normalizers, got {type(denoiser).__name__}")
     return denoiser

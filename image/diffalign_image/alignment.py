@@ -1,0 +1,88 @@
+"""The job that aligns a pre-trained model with a reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from diffalign import choices
+from diffalign.algorithms import Algorithm
+from diffalign.diffusion import CPS, Schedule, TrainedSteps
+from diffalign.spec import spec
+from diffalign.train.on_policy import optimize
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState
+from diffalign_image.evaluate import Evaluation
+from diffalign_image.rewards import AnyReward
+from diffalign_image.runs import Models
+from diffalign_image.source import training_prompts
+
+
+@spec
+class ImageAlign:
+    """Policy optimisation of a pre-trained model on a reward; the text encoder stays frozen.
+
+    base: the run folder of the model to start from. kernel, schedule and trained are the sampler of the rollouts;
+    evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images;
+    with shared_noise those of a prompt start from the same noise.
+    """
+
+    type: Literal["image_align"] = "image_align"
+    seed: int = 0
+    base: str
+    algorithm: Algorithm
+    reward: AnyReward
+    kernel: choices.Kernel = CPS(noise_level=0.8)
+    schedule: Schedule = Schedule(steps=8)
+    trained: TrainedSteps = TrainedSteps()
+    prompts_per_update: int = 16
+    images_per_prompt: int = 16
+    shared_noise: bool = False
+    iterations: int
+    evaluation: Evaluation = Evaluation()
+    evaluate_every: int | None = None
+    checkpoint_every: int = 5
+
+    def __post_init__(self) -> None:
+        if self.algorithm.compose().needs_critic:
+            raise ValueError(f"algorithm {self.algorithm.type} needs a value critic, which image jobs do not have; "
+                             "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
+        for name in ("iterations", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1 or null, got {self.evaluate_every}")
+
+    def train(self, run: Run) -> None:
+        """Align or go on, with evaluations on held-out captions before, during and after."""
+        models, pieces = self._models(), self.algorithm.compose()
+        plan, net = pieces.optimization, models.parts.denoiser
+        state = TrainState.create({"policy": net}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
+                                  ema_decay=plan.ema_decay, seed=self.seed)
+        source = training_prompts(models.parts, self.reward, prompts=self.prompts_per_update,
+                                  images_per_prompt=self.images_per_prompt, shared_noise=self.shared_noise)
+        if not run.restore(state):
+            models.report(run, "before", self.evaluation, state)
+            run.save(state)
+        run.total = self.iterations
+        loop = optimize(pieces, models.policy, source, state, reference=models.reference)
+        while state.step < self.iterations:
+            iteration = next(loop)
+            run.log(iteration.step, iteration.metrics)
+            if self.evaluate_every and state.step % self.evaluate_every == 0 and state.step < self.iterations:
+                models.report(run, f"step_{state.step:06d}", self.evaluation, state)
+            if state.step % self.checkpoint_every == 0 or state.step == self.iterations:
+                run.save(state)
+        models.report(run, "after", self.evaluation, state)
+        models.save(run, self.schedule, state)
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
+        """Rewards and KL of the newest checkpoint on held-out captions; episodes = number of images."""
+        return self._models().restore(run).evaluate(self.evaluation, seed=seed, images=episodes, sampler=sampler)
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Two grids for the same held-out captions and noise: the pre-trained model and the aligned one."""
+        return self._models().restore(run).sample(self.evaluation, out, seed=seed, count=count)
+
+    def _models(self) -> Models:
+        return Models.load(self.base, self.schedule, self.kernel, self.trained)

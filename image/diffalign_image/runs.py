@@ -1,0 +1,118 @@
+"""What image jobs share: models read from run folders, evaluations written into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffalign import choices
+from diffalign.diffusion import FlowPath, Schedule, TrainedSteps
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import Denoiser
+from diffalign.train import checkpoint
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState, frozen_copy
+from diffalign_image import pipeline
+from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
+from diffalign_image.model import JointDenoiser, TextTransformer
+from diffalign_image.pipeline import Parts
+
+_GRID = 32  # pictures in the grids that training writes
+
+
+@dataclass(frozen=True)
+class Models:
+    """A policy to train or to evaluate, the text side, and the frozen pre-trained denoiser."""
+
+    policy: DiffusionPolicy
+    parts: Parts
+    reference: Denoiser
+
+    @classmethod
+    def load(cls, base: str, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None) -> Models:
+        """The model of a pre-training run, twice."""
+        parts = pipeline.load(base)
+        policy = build_policy(parts.denoiser, schedule, kernel, trained)
+        return cls(policy, parts, frozen_denoiser(parts.denoiser))
+
+    def restore(self, run: Run) -> Models:
+        """The averaged weights of the run's newest checkpoint in the policy."""
+        checkpoint.load_modules(newest_checkpoint(run), {"policy": self.parts.denoiser}, prefer_ema=True)
+        return self
+
+    def report(self, run: Run, name: str, evaluation: Evaluation, state: TrainState) -> None:
+        """Evaluate the averaged weights and write the result into the run."""
+        with state.ema_modules():
+            report(run, name, self.policy, self.parts, evaluation, state.step, self.reference)
+
+    def save(self, run: Run, schedule: Schedule, state: TrainState) -> None:
+        """Write the averaged weights as a pipeline folder."""
+        with state.ema_modules():
+            pipeline.save(self.parts, run.folder("pipeline"), shift=schedule.shift)
+
+    def evaluate(self, evaluation: Evaluation, *, seed: int, images: int | None, sampler: str | None) -> dict[str, Any]:
+        """Rewards and KL on held-out captions."""
+        return evaluate(self.policy, self.parts, sized(evaluation, seed, images), reference=self.reference,
+                        sampler=chosen_sampler(sampler, stochastic=self.policy.kernel.stochastic))
+
+    def sample(self, evaluation: Evaluation, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Two grids for the same held-out captions and noise: the pre-trained model and the aligned one."""
+        before = replace(self.policy, denoiser=self.reference)
+        return [grid(policy, self.parts, evaluation, out, name, seed, count)
+                for name, policy in (("before", before), ("after", self.policy))]
+
+
+def build_policy(denoiser: TextTransformer | JointDenoiser, schedule: Schedule, kernel: choices.Kernel,
+            trained: TrainedSteps | None = None) -> DiffusionPolicy:
+    return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, denoiser.event, trained or TrainedSteps())
+
+
+def frozen_denoiser(denoiser: TextTransformer) -> TextTransformer:
+    copy = frozen_copy(denoiser)
+    assert isinstance(copy, TextTransformer)
+    return copy
+
+
+def newest_checkpoint(run: Run) -> Path:
+    found = checkpoint.latest(run.path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run.path} has no checkpoint yet; train it first with "
+                         f"`diffalign train {run.path / 'config.yaml'} --run {run.path} --resume`")
+    return found
+
+
+def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, step: int,
+            reference: Denoiser | None = None) -> None:
+    """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
+    result = evaluate(policy, parts, evaluation, reference=reference)
+    run.write_json(f"evaluations/{name}.json", {**result, "step": step})
+    metrics = {f"{evaluation.split}/{reward}": values["mean"] for reward, values in result["rewards"].items()}
+    if "kl_nats" in result:
+        metrics["kl_nats"] = result["kl_nats"]
+    run.log(step, metrics, phase="eval")
+    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID)
+
+
+def grid(policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, folder: Path, name: str, seed: int,
+          count: int) -> Path:
+    captions = pick_captions(evaluation)
+    some = [captions[i % len(captions)] for i in range(count)]
+    return save_grid(draw(sampler_policy(policy, "ode"), parts, some, seed=seed), folder / f"{name}.png")
+
+
+def sized(evaluation: Evaluation, seed: int, images: int | None) -> Evaluation:
+    """The evaluation with another seed, and with about `images` images."""
+    if images is None:
+        return replace(evaluation, seed=seed)
+    return replace(evaluation, seed=seed, prompts=max(2, images // evaluation.images_per_prompt))
+
+
+def chosen_sampler(name: str | None, *, stochastic: bool) -> Sampler:
+    if name in (None, "ode"):
+        return "ode"
+    if name == "stochastic" and stochastic:
+        return "stochastic"
+    known = "'ode' or 'stochastic'" if stochastic else "'ode'"
+    raise ValueError(f"sampler must be {known} for this run, got {name!r}; zero_noise would make every image of a "
+                     "caption the same")

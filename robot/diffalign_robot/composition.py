@@ -1,0 +1,140 @@
+"""The job that searches the weights of a composition of several policies (GPC)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.diffusion import DDPM
+from diffalign.policy.compose import best_pair_weights, compose, disagreement, noise_predictions
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.spec import spec
+from diffalign.train.run import Run
+from diffalign.train.search import successive_halving
+from diffalign_robot.choices import Environment
+from diffalign_robot.demos import Demonstrations
+from diffalign_robot.evaluate import Sampler, evaluate
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.runs import load_policy, require_same_shapes
+from diffalign_robot.source import chunk_denoiser
+from diffalign_robot.vector import ChunkVectorEnv
+
+_SEARCH_SEED = 7_000  # episode seeds of the search, apart from those of evaluations
+
+
+@spec
+class RobotCompose:
+    """A convex composition of the policies in the run folders `parents`; no training.
+
+    Candidate weights (two parents: a grid of `grid` + 1 weights, more: as many random ones) play `episodes` episodes;
+    the better half goes on with twice as many until one is left, on episodes that no evaluation uses. The winner and
+    every parent are then evaluated alike on fresh episodes. data: a run folder of demonstrations for the screen
+    (disagreement) and the closed-form weights, which are reported and, for two parents, join the candidates.
+    """
+
+    type: Literal["robot_compose"] = "robot_compose"
+    parents: tuple[str, ...]
+    data: str
+    environment: Environment
+    grid: int = 10
+    episodes: int = 50
+    evaluation: Evaluation = Evaluation(episodes=300)
+    num_envs: int = 50
+    workers: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.parents) < 2:
+            raise ValueError(f"a composition needs at least two parents, got {list(self.parents)}")
+        for name in ("grid", "num_envs", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.episodes < 2:
+            raise ValueError(f"episodes must be at least 2, got {self.episodes}")
+
+    def train(self, run: Run) -> None:
+        """Screen, search, evaluate afresh, and write composition.json; a finished search is kept."""
+        policies = self._parents()
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            network = chunk_denoiser(policies[0])
+            require_same_shapes((env.obs_dim, env.action_dim),
+                                (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+            if not (run.path / "composition.json").is_file():
+                run.write_json("composition.json", self._search(run, policies, env))
+            for number, (folder, parent) in enumerate(zip(self.parents, policies, strict=True)):
+                if not (run.path / f"evaluations/parent_{number}.json").is_file():
+                    result = evaluate(parent, env, seed=self.seed, episodes=self.evaluation.episodes,
+                                      sampler=self.evaluation.sampler)
+                    run.write_json(f"evaluations/parent_{number}.json", {**result, "step": 0, "run": folder})
+            policy = self._trained(run)
+            evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=1, name="after")
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
+        finally:
+            env.close()
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+        """Success rate of the composition that the search found."""
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
+                            sampler=sampler or self.evaluation.sampler)
+        finally:
+            env.close()
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Videos of the composition."""
+        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+                             sampler=self.evaluation.sampler)
+
+    def _parents(self) -> list[DiffusionPolicy]:
+        policies = [load_policy(Path(folder)).with_sampler(DDPM()) for folder in self.parents]
+        first = chunk_denoiser(policies[0]).action_normalizer
+        for folder, policy in zip(self.parents[1:], policies[1:], strict=True):
+            other = chunk_denoiser(policy).action_normalizer
+            if not (torch.allclose(first.shift, other.shift, atol=1e-3)
+                    and torch.allclose(first.scale, other.scale, atol=1e-3)):
+                raise ValueError(f"{folder} normalizes actions differently from {self.parents[0]} (shift "
+                                 f"{other.shift.tolist()} and {first.shift.tolist()}): their noisy chunks are not in "
+                                 "the same space; clone both with the same action limits")
+        return policies
+
+    def _search(self, run: Run, policies: list[DiffusionPolicy], env: ChunkVectorEnv) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        obs, action = Demonstrations.load(Path(self.data)).windows(policies[0].event[0])
+        some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
+        chunk = chunk_denoiser(policies[0]).action_normalizer.normalize(action[some])
+        predictions, eps = noise_predictions(policies, chunk, {"obs": obs[some]}, count=8, generator=generator)
+        closed = best_pair_weights(predictions, eps) if len(policies) == 2 else None
+        candidates = self._candidates(generator) + ([closed] if closed else [])
+        rounds = 0
+
+        def play(weights: tuple[float, ...], episodes: int) -> float:
+            nonlocal rounds
+            rounds += 1
+            result = evaluate(compose(policies, weights), env, seed=_SEARCH_SEED + self.seed, episodes=episodes,
+                              sampler=self.evaluation.sampler)
+            run.log(rounds, {"success_rate": result["success_rate"],
+                             **{f"weight/{i}": w for i, w in enumerate(weights)}})
+            return float(result["success_rate"])
+
+        winner, history = successive_halving(candidates, play, episodes=self.episodes)
+        return {"weights": list(winner), "closed_form": list(closed) if closed else None, "search": history,
+                "disagreement": disagreement(predictions, eps), "parents": list(self.parents)}
+
+    def _candidates(self, generator: torch.Generator) -> list[tuple[float, ...]]:
+        if len(self.parents) == 2:
+            return [(1 - i / self.grid, i / self.grid) for i in range(self.grid + 1)]
+        raw = -torch.rand(self.grid + 1, len(self.parents), generator=generator).clamp(min=1e-6).log()  # Dirichlet(1)
+        return [tuple(row) for row in (raw / raw.sum(1, keepdim=True)).tolist()]
+
+    def _trained(self, run: Run) -> DiffusionPolicy:
+        file = run.path / "composition.json"
+        if not file.is_file():
+            raise ValueError(f"{run.path} has no composition.json yet; run the search with "
+                             f"`diffalign compose {run.path / 'config.yaml'} --run {run.path} --resume`")
+        return compose(self._parents(), json.loads(file.read_text())["weights"])

@@ -1,0 +1,111 @@
+"""The job that learns from successful demonstrations against the policy's own earlier samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.algorithms import PreferenceAlgorithm
+from diffalign.diffusion import DDPM
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.spec import spec
+from diffalign.train.preferences import Pairs, prefer
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState
+from diffalign_robot.choices import Environment
+from diffalign_robot.cloning import demonstration_batches
+from diffalign_robot.demos import Demonstrations
+from diffalign_robot.evaluate import Sampler, evaluate
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.runs import load_policy, require_same_shapes
+from diffalign_robot.source import chunk_denoiser
+from diffalign_robot.vector import ChunkVectorEnv
+
+
+@spec
+class RobotPreference:
+    """Preference learning (SePPO) from the policy in the run folder `base`; winners are successful episodes' chunks.
+
+    demonstrations: run folders with recorded episodes, of which the failed ones are left out. No simulator step is
+    taken but for evaluations.
+    """
+
+    type: Literal["robot_preference"] = "robot_preference"
+    base: str
+    demonstrations: tuple[str, ...]
+    environment: Environment
+    algorithm: PreferenceAlgorithm
+    evaluation: Evaluation = Evaluation()
+    num_envs: int = 50
+    workers: int = 1
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "workers", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.demonstrations:
+            raise ValueError("demonstrations must name at least one run folder with recorded episodes, got none")
+        if self.algorithm.compose().opponent == "given":
+            raise ValueError(f"algorithm {self.algorithm.type} needs losers for the same observations, which "
+                             "demonstrations do not have; use seppo")
+
+    def train(self, run: Run) -> None:
+        """Learn or go on, with evaluations before, during and after."""
+        policy, pieces = load_policy(Path(self.base)), self.algorithm.compose()
+        plan, network = pieces.fitting, chunk_denoiser(policy)
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        require_same_shapes((env.obs_dim, env.action_dim),
+                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        batch = self._winners(policy)
+        state = TrainState.create({"policy": network}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
+                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
+        if not run.restore(state):
+            evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
+        run.total = plan.steps
+
+        def pairs(generator: torch.Generator) -> Pairs:
+            chunk, cond = batch(generator)
+            return Pairs(chunk, None, cond)
+
+        for iteration in prefer(pieces, policy.with_sampler(DDPM()), pairs, state):
+            last = iteration.step == plan.steps
+            if iteration.step % 50 == 0 or last:
+                run.log(iteration.step, iteration.metrics)
+            if last or iteration.step % self.evaluation.every == 0:
+                with state.ema_modules():
+                    evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=iteration.step,
+                                     name="after" if last else f"step_{iteration.step:06d}")
+            if last or iteration.step % self.save_every == 0:
+                run.save(state)
+        with state.ema_modules():
+            film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
+        env.close()
+
+    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+        """Success rate of the newest checkpoint."""
+        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        try:
+            return evaluate(load_policy(run.path), env, seed=seed, episodes=episodes or self.evaluation.episodes,
+                            sampler=sampler or self.evaluation.sampler)
+        finally:
+            env.close()
+
+    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+        """Videos of the newest checkpoint."""
+        return sample_videos(load_policy(run.path), self.environment, out, seed=seed, count=count,
+                             sampler=self.evaluation.sampler)
+
+    def _winners(self, policy: DiffusionPolicy) -> Any:
+        observations, chunks = [], []
+        for folder in self.demonstrations:
+            obs, action = Demonstrations.load(Path(folder)).successful().windows(policy.event[0])
+            observations.append(obs)
+            chunks.append(chunk_denoiser(policy).action_normalizer.normalize(action))
+        size = self.algorithm.compose().fitting.batch_size
+        return demonstration_batches(torch.cat(observations), torch.cat(chunks), size)
