@@ -8,14 +8,21 @@ from pydantic import Field
 
 from diffalign.diffusion.kernels import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE
 from diffalign.diffusion.paths import FlowPath, VPPath
-from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut, PromptRunning
+from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized, LeaveOneOut, PromptRunning
 from diffalign.rl.likelihoods import Matching, Transition
-from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip, SimplePO
+from diffalign.rl.surrogates import (
+                      ContrastiveMatching,
+                      DivergenceGate,
+                      GuardClip,
+                      PPOClip,
+                      SimplePO,
+                      WeightedRegression,
+)
 
 Path = Annotated[FlowPath | VPPath, Field(discriminator="type")]
 Kernel = Annotated[DDPM | DDIM | ODE | FlowSDE | DanceSDE | CPS, Field(discriminator="type")]
-Advantage = Annotated[GAE | GroupNormalized | LeaveOneOut | PromptRunning, Field(discriminator="type")]
-Surrogate = Annotated[PPOClip | SimplePO | DivergenceGate | GuardClip | ContrastiveMatching,
+Advantage = Annotated[GAE | GroupNormalized | BestOfGroup | LeaveOneOut | PromptRunning, Field(discriminator="type")]
+Surrogate = Annotated[PPOClip | SimplePO | DivergenceGate | GuardClip | ContrastiveMatching | WeightedRegression,
                       Field(discriminator="type")]
 Likelihood = Annotated[Transition | Matching, Field(discriminator="type")]
 

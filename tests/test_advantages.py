@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from diffalign.rl.advantages import (
     GAE,
+    BestOfGroup,
     GroupNormalized,
     LeaveOneOut,
     Outcome,
     PromptRunning,
+    best_of_group,
     gae,
     group_normalized,
     leave_one_out,
@@ -232,3 +234,22 @@ def test_specs_use_their_options():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(rewards=st.lists(st.integers(-3, 3), min_size=12, max_size=12), keep=st.integers(1, 4))
+def test_the_best_of_each_group_have_all_the_weight(rewards, keep):
+    reward, group = torch.tensor(rewards, dtype=torch.float32), torch.tensor([0, 1, 2] * 4)
+    weight = best_of_group(reward, group, keep)
+    for number in range(3):
+        mine, kept = reward[group == number], weight[group == number] > 0
+        assert int(kept.sum()) == keep
+        assert mine[kept].min() >= mine[~kept].max() if keep < 4 else True
+    torch.testing.assert_close(weight[weight > 0], torch.full((3 * keep,), 4 / keep))
+    assert float(weight.mean()) == pytest.approx(1)
+
+
+def test_a_group_must_have_something_to_reject():
+    with pytest.raises(ValueError, match="a group of 2 rows cannot keep its best 3"):
+        best_of_group(torch.zeros(4), torch.tensor([0, 0, 1, 1]), 3)
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        BestOfGroup(keep=0)

@@ -9,11 +9,11 @@ import torch
 from test_on_policy import Constant, flat_reward, setup
 from toys import PointMass, PromptBandit
 
-from diffalign.algorithms import AWM, DDPO, DPPO, DiffusionNFT, FlowGRPO, GRPOGuard
+from diffalign.algorithms import AWM, DDPO, DPPO, ORW, DiffusionNFT, FlowGRPO, GRPOGuard
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps
-from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
+from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized, LeaveOneOut
 from diffalign.rl.likelihoods import Matching
-from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO
+from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
 from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import frozen_copy
 
@@ -64,6 +64,9 @@ BANDIT = {
     "awm-sde": (AWM(optimization=PLAN, matching=Matching(draws=8)), FlowSDE(), "flow"),
     "nft-ode": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), ODE(), "flow"),
     "nft-live-sde": (DiffusionNFT(matching=Matching(draws=8), optimization=PLAN, behavior="live"), FlowSDE(), "flow"),
+    "orw-best": (ORW(optimization=PLAN, matching=Matching(draws=8)), ODE(), "flow"),
+    "orw-exp": (ORW(optimization=PLAN, matching=Matching(draws=8), advantage=GroupNormalized(),
+                    surrogate=WeightedRegression(temperature=0.5)), FlowSDE(), "flow"),
     "nft-v": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), DDPM(), "v"),
 }
 
@@ -97,6 +100,8 @@ ROBOT = {
     "guard": (GRPOGuard(optimization=PLAN, advantage=GAE()), FlowSDE(), "flow"),
     "nft": (DiffusionNFT(optimization=AVERAGED, advantage=GAE()), ODE(), "flow"),
     "awm": (AWM(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4)), ODE(), "flow"),
+    "awr": (ORW(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4),
+                surrogate=WeightedRegression(temperature=0.5)), ODE(), "flow"),
 }
 
 

@@ -27,7 +27,8 @@ def rollout(kernel=None, prediction="flow", likelihood=None, steps=4, **options)
                         **options)
     draw = torch.Generator().manual_seed(0)
     trajectory = policy.act(COND, generator=draw).trajectory
-    examples = (likelihood or Transition()).examples(policy, trajectory, ADVANTAGE, generator=draw)
+    examples = (likelihood or Transition()).examples(policy, trajectory, ADVANTAGE, generator=draw,
+                                                     decisions=torch.arange(len(ADVANTAGE)))
     return policy, examples.rows(torch.arange(len(examples))), examples
 
 

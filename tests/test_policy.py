@@ -29,12 +29,12 @@ def test_stored_log_prob_is_the_score_of_the_stored_step(kernel, prediction, pat
     trajectory = policy.act(COND, generator=generator).trajectory
     floored = getattr(kernel, "min_std", 0) > 0
     assert trajectory.trained.tolist() == [True] * (steps - 1) + [floored]
-    advantage = torch.zeros(6)
+    advantage, every = torch.zeros(6), torch.arange(6)
     if not trajectory.trained.any():
         with pytest.raises(ValueError, match="has no stochastic trained step"):
-            Transition().examples(policy, trajectory, advantage, generator=generator)
+            Transition().examples(policy, trajectory, advantage, decisions=every, generator=generator)
         return
-    examples = Transition().examples(policy, trajectory, advantage, generator=generator)
+    examples = Transition().examples(policy, trajectory, advantage, decisions=every, generator=generator)
     rows = examples.rows(torch.arange(len(examples)))
     new = Transition().score(policy, rows)
     assert new.dims == 3

@@ -9,7 +9,15 @@ import torch
 
 from diffalign.diffusion import Gaussian
 from diffalign.rl.likelihoods import Rows, Scored
-from diffalign.rl.surrogates import ContrastiveMatching, DivergenceGate, GuardClip, PPOClip, SimplePO, step_factor
+from diffalign.rl.surrogates import (
+    ContrastiveMatching,
+    DivergenceGate,
+    GuardClip,
+    PPOClip,
+    SimplePO,
+    WeightedRegression,
+    step_factor,
+)
 
 D = 4
 NUDGE = 1e-3
@@ -199,3 +207,24 @@ def test_gradcheck(surrogate):
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_weighted_regression_by_hand():
+    """-min(exp(A / 0.5), 5) log p: exp(1 / 0.5) is 7.4 and cut, exp(-2 / 0.5) is 0.018; log p = log ratio + 0.3."""
+    loss, gradient, low, high = evaluate(WeightedRegression(temperature=0.5, limit=5.0), [0.1, -0.4], [1.0, -2.0])
+    weight = torch.tensor([5.0, math.exp(-4)], dtype=torch.float64)
+    torch.testing.assert_close(gradient, -weight)
+    torch.testing.assert_close(loss, -weight * torch.tensor([0.4, -0.1], dtype=torch.float64))
+    assert not bool((low | high).any())
+    _, gradient, _, _ = evaluate(WeightedRegression(), [0.1, 3.0], [2.0, 0.0])
+    assert gradient.tolist() == [-2.0, 0.0]
+
+
+def test_weighted_regression_refuses_what_is_no_weight():
+    with pytest.raises(ValueError, match="is no weight; set a temperature"):
+        evaluate(WeightedRegression(), [0.0, 0.0], [1.0, -1.0])
+    for options in ({"temperature": 0.0}, {"limit": -1.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            WeightedRegression(**options)
+    assert WeightedRegression().selective
+    assert not WeightedRegression(temperature=1.0).selective

@@ -188,6 +188,41 @@ class GroupNormalized:
         return _spread(outcome, advantage, statistics, self.clip)
 
 
+def best_of_group(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], keep: int) -> Float[Tensor, "B"]:
+    """size / keep for the `keep` best rows of each group and 0 for the others: weights of mean 1, ties to the first.
+
+    Raises: ValueError if a group has fewer than keep rows.
+    """
+    weight = torch.zeros_like(reward)
+    for number in torch.unique(group).tolist():
+        rows = torch.nonzero(group == number).flatten()
+        if len(rows) < keep:
+            raise ValueError(f"a group of {len(rows)} rows cannot keep its best {keep}; raise the samples per prompt")
+        order = reward[rows].argsort(descending=True, stable=True)
+        weight[rows[order[:keep]]] = len(rows) / keep
+    return weight
+
+
+@spec
+class BestOfGroup:
+    """Rejection sampling (RAFT, Dong et al. 2023): the best `keep` episodes of a group count, the others do not.
+
+    For the weighted surrogate. One round of it moves the policy by at most log(size / keep) nats.
+    """
+
+    type: Literal["best_of_group"] = "best_of_group"
+    keep: int = 2
+    needs_critic = False
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+
+    def __call__(self, outcome: Outcome, statistics: Statistics) -> Estimate:
+        """One weight per episode, the same for all its decisions."""
+        return _spread(outcome, best_of_group(outcome.episode_return, outcome.group, self.keep), statistics, None)
+
+
 @spec
 class LeaveOneOut:
     """RLOO: the episode return against the mean of the others in its group."""

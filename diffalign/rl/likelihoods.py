@@ -77,7 +77,10 @@ class Likelihood(Protocol):
     @property
     def provides(self) -> str: ...
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, generator: torch.Generator) -> ExampleSet: ...
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> ExampleSet:
+        """The rows of the given decisions."""
+        ...
+
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored: ...
 
 
@@ -126,14 +129,13 @@ class Transition:
             raise ValueError(f"denoising_discount must lie in (0, 1], got {self.denoising_discount}")
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, generator: torch.Generator) -> TransitionExamples:
-        """All (n, k) with k trained. Raises: ValueError if no step of the chain has a density."""
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> TransitionExamples:
+        """All (n, k) with n chosen and k trained. Raises: ValueError if no step of the chain has a density."""
         steps = trajectory.trained.nonzero().flatten()
         if len(steps) == 0:
             raise ValueError(f"{policy.kernel} has no stochastic trained step, so there is no transition density to "
                              "improve; use DDPM, DDIM(eta > 0), FlowSDE or CPS, widen the trained steps, or use the "
                              "matching likelihood (awm)")
-        decisions = torch.arange(trajectory.x.shape[0], device=trajectory.x.device)
         return TransitionExamples(trajectory, advantage, self.denoising_discount,
                                   decisions.repeat_interleave(len(steps)), steps.repeat(len(decisions)))
 
@@ -175,7 +177,8 @@ class Matching:
     """Minus the pre-training loss on the policy's own samples: -w(t) ||target - prediction||^2 (AWM, eq. 9; FPO).
 
     Any sampler may have made the samples. `draws` noise-time pairs per sample, shared by the old and the new policy.
-    time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform on [t_min, 1].
+    time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform, moved towards 1 by `shift`
+    s: s t / (1 + (s - 1) t) (SD3, eq. 23).
     Unit `per_dim` of the surrogate gives AWM's mean over the event.
     """
 
@@ -183,28 +186,27 @@ class Matching:
     draws: int = 4
     weight: Literal["one", "t", "t2"] = "one"
     time: Literal["grid", "uniform"] = "grid"
-    t_min: float = 0.0
+    shift: float = 1.0
     has_density = False
     provides: ClassVar[str] = "old x0"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}")
-        if not 0 <= self.t_min < 1:
-            raise ValueError(f"t_min must lie in [0, 1), got {self.t_min}")
-        if self.t_min and self.time != "uniform":
-            raise ValueError(f"t_min={self.t_min} applies to time: uniform, got time: {self.time}")
+        if not self.shift > 0 or (self.time == "grid" and self.shift != 1.0):
+            raise ValueError(f"shift must be positive, and 1 with time: grid (schedules shift too), got {self.shift}")
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, generator: torch.Generator) -> MatchingExamples:
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> MatchingExamples:
         """Draw (t, eps) and score the current policy as the old one, in blocks of the rollout's size."""
         rows, device = trajectory.x.shape[0], trajectory.x.device
-        decision = torch.arange(rows, device=device).repeat(self.draws)
+        decision = decisions.repeat(self.draws)
         if self.time == "grid":
             grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
             t = grid[torch.randint(len(grid), decision.shape, generator=generator, device=device)]
         else:
-            t = 1 - (1 - self.t_min) * torch.rand(decision.shape, generator=generator, device=device)
+            t = 1 - torch.rand(decision.shape, generator=generator, device=device)
+            t = self.shift * t / (1 + (self.shift - 1) * t)
         eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
         empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
         with torch.no_grad():

@@ -36,6 +36,11 @@ class Surrogate(Protocol):
 
     @property
     def needs(self) -> Signal | None: ...
+    @property
+    def selective(self) -> bool:
+        """Whether rows of zero advantage have no loss and are left out before anything is computed for them."""
+        ...
+
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss: ...
 
 
@@ -99,6 +104,7 @@ class PPOClip:
     step_start: float = 1.0
     step_rate: float = 3.0
     needs: ClassVar[Signal | None] = None
+    selective = False
 
     def __post_init__(self) -> None:
         _positive(self, "low", "high", "step_rate", "step_start")
@@ -126,6 +132,7 @@ class SimplePO:
     limit: float = 0.2
     unit: Unit = "nats"
     needs: ClassVar[Signal | None] = None
+    selective = False
 
     def __post_init__(self) -> None:
         _positive(self, "limit")
@@ -151,6 +158,7 @@ class DivergenceGate:
     limit: float = 0.05
     unit: Unit = "nats"
     needs: ClassVar[Signal | None] = "gaussian step"
+    selective = False
 
     def __post_init__(self) -> None:
         _positive(self, "limit")
@@ -184,6 +192,7 @@ class GuardClip:
     high: float = 0.2
     unit: Unit = "nats"
     needs: ClassVar[Signal | None] = "gaussian step"
+    selective = False
 
     def __post_init__(self) -> None:
         _positive(self, "low", "high")
@@ -218,6 +227,7 @@ class ContrastiveMatching:
     beta: float = 1.0
     advantage_clip: float = 5.0
     needs: ClassVar[Signal | None] = "old x0"
+    selective = False
 
     def __post_init__(self) -> None:
         _positive(self, "beta", "advantage_clip")
@@ -236,3 +246,40 @@ class ContrastiveMatching:
             loss = loss + share / self.beta * error.square().sum(1) / width
         never = torch.zeros_like(better, dtype=torch.bool)
         return SurrogateLoss(loss, never, never)
+
+
+@spec
+class WeightedRegression:
+    """-w log p, no ratio: regression on the policy's own samples, weighted by how good they were.
+
+    temperature T: w = min(exp(A / T), limit), AWR (Peng et al. 2019, eq. 10) and ORW-CFM (arXiv 2502.06061, sec. 4);
+    its fixed point is the policy tilted by exp(A / T). None: w = A, for advantages that are weights already
+    (best_of_group). Never concave, unlike a policy gradient with A < 0; every pass narrows the policy, so hold it with
+    reference_velocity (ORW's W2 term) or stop.
+    """
+
+    type: Literal["weighted"] = "weighted"
+    temperature: float | None = None
+    limit: float = 20.0
+    needs: ClassVar[Signal | None] = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "limit")
+        if self.temperature is not None:
+            _positive(self, "temperature")
+
+    @property
+    def selective(self) -> bool:
+        """With weights given, those of 0 select."""
+        return self.temperature is None
+
+    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
+        """The weighted negative log-likelihood. Raises: ValueError for a negative weight."""
+        weight = rows.advantage
+        if self.temperature is not None:
+            weight = (weight / self.temperature).exp().clamp(max=self.limit)
+        elif bool((weight < 0).any()):
+            raise ValueError(f"an advantage of {float(weight.min()):.3g} is no weight; set a temperature, or use the "
+                             "best_of_group advantage")
+        never = torch.zeros_like(weight, dtype=torch.bool)
+        return SurrogateLoss(-weight * new.log_prob, never, never)

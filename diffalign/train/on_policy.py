@@ -41,8 +41,9 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
         with _behavior(pieces, state):
             rollout = source.collect(policy, generator=collector)
             estimate, metrics = _estimate(pieces, rollout, state)
-            examples = pieces.likelihood.examples(policy, rollout.trajectory, estimate.advantage.flatten(),
-                                                  generator=state.generator)
+            advantage = estimate.advantage.flatten()
+            examples = pieces.likelihood.examples(policy, rollout.trajectory, advantage, generator=state.generator,
+                                                  decisions=_decisions(pieces, advantage))
         metrics |= _update_policy(pieces, policy, rollout, examples, estimate, state, reference, demonstrations)
         state.step += 1
         yield Iteration(state.step, {**rollout.stats, **metrics})
@@ -91,6 +92,17 @@ def _estimate(pieces: OnPolicy, rollout: Rollout, state: TrainState) -> tuple[Es
         total = estimate.target[outcome.valid].var(correction=0)
         metrics["value/explained"] = float(1 - left / total.clamp(min=1e-12))
     return Estimate(own(estimate.advantage), target, estimate.statistics), metrics
+
+
+def _decisions(pieces: OnPolicy, advantage: Tensor) -> Tensor:
+    """Those that the surrogate can learn from: all, or the ones of non-zero weight."""
+    if not pieces.surrogate.selective:
+        return torch.arange(len(advantage), device=advantage.device)
+    chosen = advantage.nonzero().flatten()
+    if distributed.sum_scalar(float(len(chosen))) != len(chosen) * distributed.world_size():
+        raise ValueError(f"this process keeps {len(chosen)} decisions and another one a different number; give every "
+                         "process the same number of groups")
+    return chosen
 
 
 def _behavior(pieces: OnPolicy, state: TrainState) -> AbstractContextManager[None]:
