@@ -11,7 +11,7 @@ from toys import PointMass, PromptBandit
 
 from diffalign.algorithms import AWM, DDPO, DPPO, ORW, DiffusionNFT, FlowGRPO, GRPOGuard
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps
-from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized, LeaveOneOut
+from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
 from diffalign.rl.likelihoods import Matching
 from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
 from diffalign.train.on_policy import Optimization, optimize

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign import config
-from diffalign.algorithms import AWM, DDPO, DPPO, FlowGRPO
+from diffalign.algorithms import AWM, DDPO, DPO, DPPO, FlowGRPO, SePPO
 from diffalign.diffusion import CPS, ODE, FlowPath, Schedule
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.rl.surrogates import PPOClip
@@ -24,10 +24,12 @@ from diffalign_image.autoencoder import (
     freeze,
 )
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
-from diffalign_image.jobs import ImageAlign, ImagePretrain
+from diffalign_image.jobs import ImageAlign, ImagePreference, ImagePretrain
 from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
+from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
 from diffalign_image.rewards import Jpeg, Verifiable
+from diffalign_image.runs import Models
 from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
@@ -67,7 +69,7 @@ def alignment_job(base: Path, iterations: int, **changes: object) -> ImageAlign:
     return replace(job, **changes)
 
 
-def start(path: Path, job: ImagePretrain | ImageAlign, *, resume: bool = False) -> Run:
+def start(path: Path, job: ImagePretrain | ImageAlign | ImagePreference, *, resume: bool = False) -> Run:
     run = Run.create(path, config.dump(job), resume=resume)
     job.train(run)
     return run
@@ -279,6 +281,58 @@ def test_other_algorithms_run_on_images(base: Path, tmp_path: Path, algorithm: D
     path = start(tmp_path / "run", alignment_job(base, 1, algorithm=algorithm, evaluate_every=None)).path
     assert len(lines(path, "train")) == 1
     assert json.loads((path / "evaluations" / "after.json").read_text())["kl_nats"] > 0
+
+
+def test_a_second_stage_is_measured_against_the_first_ones_base(base: Path, tmp_path: Path) -> None:
+    first = start(tmp_path / "first", alignment_job(base, 2)).path
+    second = start(tmp_path / "second", alignment_job(first, 1, reference=str(base))).path
+    moved = lines(first, "eval")[-1]["kl_nats"]
+    assert moved > 0
+    assert lines(second, "eval")[0]["kl_nats"] == moved
+    alone = start(tmp_path / "alone", alignment_job(first, 1)).path
+    assert lines(alone, "eval")[0]["kl_nats"] == 0
+
+
+def preference_job(base: Path, steps: int, **changes: object) -> ImagePreference:
+    fitting = Pretraining(steps=steps, batch_size=4, warmup_steps=1, learning_rate=1e-3, ema_decay=0.5)
+    job = ImagePreference(base=str(base), algorithm=SePPO(beta=5.0, snapshot_every=1, fitting=fitting),
+                          data=Renders(images=8), schedule=Schedule(steps=3), evaluation=QUICK, evaluate_every=2,
+                          checkpoint_every=1)
+    return replace(job, **changes)
+
+
+def test_preference_learning_moves_the_model_and_resumes_exactly(base: Path, tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole", preference_job(base, 4))
+    assert [line["step"] for line in lines(whole.path, "eval")] == [0, 2, 4]
+    assert lines(whole.path, "eval")[-1]["kl_nats"] > 0
+    assert (whole.path / "pipeline" / "model_index.json").is_file()
+    start(tmp_path / "part", preference_job(base, 2))
+    part = Run(tmp_path / "part")
+    preference_job(base, 4).train(part)
+    first, second = (Models.load(str(base), Schedule(steps=3), CPS()).restore(run).parts.denoiser.state_dict()
+                     for run in (whole, part))
+    # the cosine of the learning rate knows the number of steps, so the two differ; each alone repeats exactly
+    again = start(tmp_path / "again", preference_job(base, 4))
+    third = Models.load(str(base), Schedule(steps=3), CPS()).restore(again).parts.denoiser.state_dict()
+    assert all(torch.equal(first[name], third[name]) for name in first)
+    assert set(first) == set(second)
+
+
+def test_pairs_are_the_best_and_the_worst_of_their_caption(base: Path) -> None:
+    models = Models.load(str(base), Schedule(steps=3), CPS())
+    plan = BestAndWorst(reward=Jpeg(), prompts=5, samples_per_prompt=4)
+    pairs = best_and_worst(plan, models, torch.Generator().manual_seed(0))
+    best, worst = (Jpeg()(decode_latents(models.parts.autoencoder, x), []) for x in (pairs.winner, pairs.loser))
+    assert bool((best > worst).all())
+    assert pairs.winner.shape == (5, *EVENT)
+    constant = BestAndWorst(reward=Verifiable(), prompts=2, samples_per_prompt=2)
+    with pytest.raises(ValueError, match="the reward is constant"):  # an untrained model shows nothing of any caption
+        best_and_worst(constant, models, torch.Generator().manual_seed(0))
+
+
+def test_preference_data_must_fit_the_algorithm(base: Path) -> None:
+    with pytest.raises(ValueError, match="needs losers, which data of type renders have not"):
+        preference_job(base, 2, algorithm=DPO())
 
 
 def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:

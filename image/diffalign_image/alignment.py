@@ -22,7 +22,8 @@ from diffalign_image.source import training_prompts
 class ImageAlign:
     """Policy optimisation of a pre-trained model on a reward; the text encoder stays frozen.
 
-    base: the run folder of the model to start from. kernel, schedule and trained are the sampler of the rollouts;
+    base: the run folder of the model to start from, pre-trained or aligned. reference: that of the model against which
+    the KL is reported and penalized; null is the base. kernel, schedule and trained are the sampler of the rollouts;
     evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images;
     with shared_noise those of a prompt start from the same noise.
     """
@@ -30,6 +31,7 @@ class ImageAlign:
     type: Literal["image_align"] = "image_align"
     seed: int = 0
     base: str
+    reference: str | None = None
     algorithm: Algorithm
     reward: AnyReward
     kernel: choices.Kernel = CPS(noise_level=0.8)
@@ -85,4 +87,4 @@ class ImageAlign:
         return self._models().restore(run).sample(self.evaluation, out, seed=seed, count=count)
 
     def _models(self) -> Models:
-        return Models.load(self.base, self.schedule, self.kernel, self.trained)
+        return Models.load(self.base, self.schedule, self.kernel, self.trained, reference=self.reference)

@@ -23,18 +23,22 @@ _GRID = 32  # pictures in the grids that training writes
 
 @dataclass(frozen=True)
 class Models:
-    """A policy to train or to evaluate, the text side, and the frozen pre-trained denoiser."""
+    """A policy to train or to evaluate, the text side, and the frozen denoiser that it is compared with."""
 
     policy: DiffusionPolicy
     parts: Parts
     reference: Denoiser
 
     @classmethod
-    def load(cls, base: str, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None) -> Models:
-        """The model of a pre-training run, twice."""
+    def load(cls, base: str, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None, *,
+             reference: str | None = None) -> Models:
+        """The model of the run `base`, and frozen that of the run `reference` or the base's own."""
         parts = pipeline.load(base)
-        policy = build_policy(parts.denoiser, schedule, kernel, trained)
-        return cls(policy, parts, frozen_denoiser(parts.denoiser))
+        held = parts.denoiser if reference is None else pipeline.load(reference).denoiser
+        if held.event != parts.denoiser.event:
+            raise ValueError(f"the reference {reference} has latents {held.event} and the base {base} "
+                             f"{parts.denoiser.event}; take the run that the base started from")
+        return cls(build_policy(parts.denoiser, schedule, kernel, trained), parts, frozen_denoiser(held))
 
     def restore(self, run: Run) -> Models:
         """The averaged weights of the run's newest checkpoint in the policy."""

@@ -135,7 +135,7 @@ def _layout(relation: Tensor, shapes: Tensor, generator: torch.Generator) -> tup
     blocks, say), and each object a little.
     """
     n = len(relation)
-    area = (7.8 + 0.8 * _uniform((n, 2), generator)) ** 2
+    area = (8.7 + 1.2 * _uniform((n, 2), generator)) ** 2
     along = torch.tensor([8.0, 24.0]) + 3.5 * _uniform((n, 1), generator) + 1.2 * _uniform((n, 2), generator)
     across = 16 + 4.0 * _uniform((n, 1), generator) + 1.2 * _uniform((n, 2), generator)
     along = torch.where((relation % 2 == 1)[:, None], along.flip(1), along)
