@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from diffalign import choices
-from diffalign.algorithms import Algorithm
+from diffalign.algorithms import Algorithm, OffPolicyAlgorithm, PreferenceAlgorithm
 from diffalign.config import ConfigError, build, dump, load, members, read
 from diffalign.diffusion import CPS, Schedule, TrainedSteps
 from diffalign.rl.surrogates import PPOClip
@@ -21,7 +21,7 @@ from diffalign.train.supervised import Pretraining
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-ALGORITHMS = members(Algorithm)
+ALGORITHMS = members(Algorithm) | members(OffPolicyAlgorithm) | members(PreferenceAlgorithm)
 ROOTS = [*ALGORITHMS.values(), Schedule, TrainedSteps, Pretraining,
          *(option for union in choices.UNIONS.values() for option in members(union).values())]
 
@@ -59,11 +59,12 @@ def test_every_spec_is_frozen_and_refuses_unknown_keys(kind):
 
 
 def test_the_specs_are_all_there():
-    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft"]
+    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft", "orw", "dsrl", "residual",
+                                "expo", "rerank", "seppo", "dpo"]
     assert {name: list(members(union)) for name, union in choices.UNIONS.items()} == {
         "paths": ["flow", "vp"], "kernels": ["ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps"],
-        "advantages": ["gae", "group", "leave_one_out", "prompt_running"],
-        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip", "contrastive_matching"],
+        "advantages": ["gae", "group", "best_of_group", "leave_one_out", "prompt_running"],
+        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip", "contrastive_matching", "weighted"],
         "likelihoods": ["transition", "matching"]}
     assert len(SPECS) >= 24
 

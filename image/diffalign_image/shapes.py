@@ -129,31 +129,17 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _layout(relation: Tensor, shapes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centroids [N, 2, 2] and areas [N, 2] that obey the relation and keep both objects inside the image.
-
-    The scene as a whole shifts by up to half an object, so that a reward can choose where it lies (on JPEG's 8x8
-    blocks, say), and each object a little.
-    """
+    """Centroids [N, 2, 2] and areas [N, 2] that obey the relation and keep both objects inside the image."""
     n = len(relation)
     area = (8.7 + 1.2 * _uniform((n, 2), generator)) ** 2
-    along = torch.tensor([8.0, 24.0]) + 3.5 * _uniform((n, 1), generator) + 1.2 * _uniform((n, 2), generator)
-    across = 16 + 4.0 * _uniform((n, 1), generator) + 1.2 * _uniform((n, 2), generator)
+    along = torch.tensor([8.0, 24.0]) + 1.2 * _uniform((n, 2), generator)
+    across = 16 + 5 * _uniform((n, 2), generator)
     along = torch.where((relation % 2 == 1)[:, None], along.flip(1), along)
     vertical = (relation < 2)[:, None]
-    middle = torch.stack([torch.where(vertical, across, along), torch.where(vertical, along, across)], -1)
-    half, drop = _box(shapes, area)
-    middle = torch.minimum(torch.maximum(middle, half), SIZE - half)
-    return torch.stack([middle[..., 0], middle[..., 1] + drop], -1), area
-
-
-def _box(shapes: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
-    """Half width and height [N, 2, 2] of each object's box, and how far its centroid lies below the box's middle."""
-    inradius = (area / (3 * math.sqrt(3))).sqrt()  # of the triangle
-    square, circle = area.sqrt() / 2, (area / math.pi).sqrt()
-    halves = torch.stack([torch.stack([circle, square, math.sqrt(3) * inradius], -1),
-                          torch.stack([circle, square, 1.5 * inradius], -1)], -1)  # [N, 2, shape, axis]
-    half = halves.gather(2, shapes[..., None, None].expand(*shapes.shape, 1, 2))[:, :, 0]
-    return half, torch.where(shapes == SHAPES.index("triangle"), inradius / 2, torch.zeros_like(area))
+    x, y = torch.where(vertical, across, along), torch.where(vertical, along, across)
+    inradius = (area / (3 * math.sqrt(3))).sqrt()
+    drop = torch.where(shapes == SHAPES.index("triangle"), inradius / 2, torch.zeros_like(area))
+    return torch.stack([x, y + drop], -1), area  # a triangle's centroid lies below the middle of its box
 
 
 def training_batch(size: int, generator: torch.Generator, split: Split = "train"
