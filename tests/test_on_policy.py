@@ -319,3 +319,20 @@ def test_decisions_of_no_weight_are_left_out_and_change_nothing_but_the_scale():
     examples = pieces.likelihood.examples(policy, rollout.trajectory, advantage, decisions=chosen, generator=draw)
     assert sorted(set(examples.decision.tolist())) == chosen.tolist()
     assert len(on_policy._decisions(replace(pieces, surrogate=PPOClip()), advantage)) == 16
+
+
+def test_learning_rates_fall_by_a_cosine_and_stay_at_zero():
+    plan = Optimization(decay_iterations=4)
+    policy, state = setup(FlowSDE(), rates=1e-2)
+    loop = optimize(FlowGRPO(optimization=plan).compose(), policy, PromptBandit(), state)
+    rates, moved = [], []
+    for _ in range(6):
+        before = parameters(state)
+        next(loop)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        moved.append(float((parameters(state) - before).abs().max()))
+    assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * min(k, 4) / 4)) for k in range(6)])
+    assert min(moved[:4]) > 0
+    assert moved[4:] == [0, 0]
+    with pytest.raises(ValueError, match="decay_iterations must be at least 1"):
+        Optimization(decay_iterations=0)

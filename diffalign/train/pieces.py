@@ -18,7 +18,9 @@ class Optimization:
     epochs x minibatches optimizer steps per rollout; microbatch_rows bounds memory and does not change the result.
     ratio_tolerance: largest |log ratio| in nats allowed on the first minibatch after a rollout.
     ema_decay: keep averaged policy weights (per optimizer step), used for evaluation.
-    critic_warmup: iterations in which only the critic learns.
+    critic_warmup: iterations in which only the critic learns. decay_iterations: the learning rates fall by a cosine to
+    0 over this many iterations and stay there; null keeps them. A policy gradient is mostly noise: at a constant rate
+    the weights wander at a distance from the optimum that falls with the rate.
     """
 
     learning_rate: float = 3e-4
@@ -31,11 +33,14 @@ class Optimization:
     ema_decay: float | None = None
     ratio_tolerance: float = 0.05
     critic_warmup: int = 0
+    decay_iterations: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "microbatch_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.decay_iterations is not None and self.decay_iterations < 1:
+            raise ValueError(f"decay_iterations must be at least 1 or null, got {self.decay_iterations}")
         for name in ("learning_rate", "critic_learning_rate", "ratio_tolerance"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
