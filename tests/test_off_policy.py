@@ -114,6 +114,14 @@ def test_the_ring_keeps_the_newest_rows():
         replay.add(some_rows(6))
 
 
+def test_storage_grows_with_what_is_stored():
+    replay = Replay({}, "replay", capacity=1000)
+    for value in range(6):
+        replay.add(some_rows(10, float(value)))
+        assert len(replay.store["replay/rows/reward"]) <= 2 * len(replay)
+    assert replay.store["replay/rows/reward"][:60].tolist() == [float(i // 10) for i in range(60)]
+
+
 def test_only_stored_rows_are_sampled():
     replay = Replay({}, "replay", capacity=100)
     with pytest.raises(ValueError, match="empty"):

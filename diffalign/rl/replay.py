@@ -95,7 +95,10 @@ def transitions(rollout: Rollout, ask: Callable[[Cond], Cond], *, gamma: float, 
 
 
 class Replay:
-    """A ring of at most `capacity` decisions in `store` (a mapping that the checkpoint saves) under `name`."""
+    """A ring of at most `capacity` decisions in `store` (a mapping that the checkpoint saves) under `name`.
+
+    Storage doubles as it fills, so that checkpoints are no larger than what was seen.
+    """
 
     def __init__(self, store: MutableMapping[str, Tensor], name: str, capacity: int) -> None:
         if capacity < 1:
@@ -113,17 +116,26 @@ class Replay:
             raise ValueError(f"{count} decisions do not fit a replay of {self.capacity}; raise the capacity")
         if f"{self.name}/size" not in self.store:
             for key, tensor in columns.items():
-                self.store[f"{self.name}/rows/{key}"] = tensor.new_zeros(self.capacity, *tensor.shape[1:])
+                self.store[f"{self.name}/rows/{key}"] = tensor.new_zeros(min(count, self.capacity), *tensor.shape[1:])
             self.store[f"{self.name}/size"] = self.store[f"{self.name}/next"] = torch.zeros((), dtype=torch.long)
         known = {key.removeprefix(f"{self.name}/rows/") for key in self.store if key.startswith(f"{self.name}/rows/")}
         if known != set(columns):
             raise ValueError(f"this replay holds {sorted(known)}, got {sorted(columns)}; the operator changed")
         start = int(self.store[f"{self.name}/next"])
+        self._grow(start + count)
         where = (start + torch.arange(count)) % self.capacity
         for key, tensor in columns.items():
             self.store[f"{self.name}/rows/{key}"][where] = tensor
         self.store[f"{self.name}/next"] = torch.tensor((start + count) % self.capacity)
         self.store[f"{self.name}/size"] = torch.tensor(min(self.capacity, len(self) + count))
+
+    def _grow(self, rows: int) -> None:
+        """Room for this many rows, up to the capacity; a ring that has wrapped is full and does not grow."""
+        for key in [key for key in self.store if key.startswith(f"{self.name}/rows/")]:
+            held = self.store[key]
+            size = min(self.capacity, max(rows, 2 * len(held)))
+            if rows > len(held) and size > len(held):
+                self.store[key] = torch.cat([held, held.new_zeros(size - len(held), *held.shape[1:])])
 
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Columns of `count` rows, uniformly with replacement. Raises: ValueError if empty."""
