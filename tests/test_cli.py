@@ -286,3 +286,11 @@ def test_a_renderer_that_fails_is_switched_off(monkeypatch: pytest.MonkeyPatch) 
     assert rendering.problem("egl") == "RuntimeError: no driver"
     assert not rendering.works()
     assert os.environ["MUJOCO_GL"] == "disable"
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    """`diffalign list | true`: no traceback."""
+    command = f"{sys.executable} -m diffalign list | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)

@@ -318,7 +318,7 @@ TABLE = {
     "residual-n-step": ResidualRL(scale=0.8, learning=replace(FAST, actor_std=0.3, n_step=3)),
     "expo": EXPO(scale=0.5, learning=FAST),
     "rerank": Rerank(learning=replace(FAST, backup="candidates")),
-    "rerank-iql": Rerank(learning=FAST, samples=8),
+    "rerank-iql": Rerank(learning=replace(FAST, backup="expectile"), samples=8),
 }
 
 
@@ -344,12 +344,12 @@ def success(policy):
 def test_offline_training_needs_no_source():
     """A critic learned from the base's own decisions makes re-ranking better without a further step."""
     base = replace(toy_base(), clip_x0=1.0)
-    algorithm = Rerank(learning=replace(FAST, offline_updates=600))
+    algorithm = Rerank(learning=replace(FAST, offline_updates=600, backup="expectile"))
     pieces, policy, state = setup(algorithm, base=base)
     data = Replay(state.statistics, "demonstrations", 5000)
     rollout = PointMass(episodes=300).collect(policy.with_mode("base"), generator=generator(1))
     learner = off_policy._Learner(pieces.learning, policy, state)
-    data.add(transitions(rollout, learner.ask, gamma=FAST.discount, steps=1))
+    data.add(transitions(rollout, learner.ask, gamma=FAST.discount, steps=1).without_signals())
     before = success(policy.with_mode("base"))
     next(off_policy.optimize(pieces, policy, None, state, demonstrations=data))
     assert success(policy) > before + 0.3
@@ -455,3 +455,12 @@ def test_pieces_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="set the operator's scores to actions"):
         next(off_policy.optimize(pieces, policy, PointMass(), state, demonstrations=demos))
     assert math.isfinite(state.step)
+
+
+def test_only_those_who_need_the_bases_word_store_it():
+    greedy = Rerank(learning=replace(FAST, backup="candidates"))
+    for algorithm, stored in ((Rerank(learning=replace(FAST, backup="expectile")), False), (greedy, True),
+                              (ResidualRL(learning=FAST), True)):
+        pieces, policy, state = setup(algorithm)
+        next(off_policy.optimize(pieces, policy, PointMass(episodes=4), state))
+        assert any("signals" in name for name in state.statistics) is stored

@@ -101,7 +101,7 @@ def test_a_residual_improves_and_resumes_exactly(runs, tmp_path):
 
 
 def test_offline_reranking_takes_no_simulator_step(runs, tmp_path):
-    job = off_policy(runs, Rerank(samples=6, learning=FAST), online=False, iterations=4,
+    job = off_policy(runs, Rerank(samples=6, learning=replace(FAST, backup="expectile")), online=False, iterations=4,
                      demonstrations=(str(runs / "rollouts"), str(runs / "demos")))
     run = open_run(tmp_path / "rerank", job)
     job.train(run)

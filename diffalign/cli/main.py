@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a check of `doctor` failed, 2 an error that the user can fix, 130 interrupted."""
+    """The exit code: 0 done, 1 a check of `doctor` failed, 2 an error that the user can fix, 130 interrupted,
+    141 the reader of a pipe left."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     loose = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, *loose]
     try:
         return int(args.command(args))
+    except BrokenPipeError:  # the reader of a pipe, `head` for example, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         keep = {
             "train": "; --resume goes on from the newest checkpoint",

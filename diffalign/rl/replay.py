@@ -6,7 +6,7 @@ Legend: H decisions, B episodes, N = H * B rows, S stored decisions, M sampled o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,10 @@ class Transitions:
         for name in ("cond", "next_cond", "signals", "next_signals"):
             flat |= {f"{name}.{leaf}": tensor for leaf, tensor in getattr(self, name).items()}
         return flat
+
+    def without_signals(self) -> Transitions:
+        """The same decisions with nothing of the base, for critics that do not ask it."""
+        return replace(self, signals={}, next_signals={})
 
     @classmethod
     def of(cls, columns: Mapping[str, Tensor]) -> Transitions:

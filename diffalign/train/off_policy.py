@@ -105,7 +105,7 @@ def optimize(pieces: OffPolicy, policy: ImprovedPolicy, source: Source | None, s
             rollout = source.collect(policy.with_mode("base" if warming else "explore"),
                                      generator=torch.Generator().manual_seed(seed))
             rows = transitions(rollout, learner.ask, gamma=plan.discount, steps=plan.n_step)
-            replay.add(rows)
+            replay.add(rows if pieces.uses_signals else rows.without_signals())
             decisions = state.count("decisions", float(len(rows.reward)))
             metrics |= {**rollout.stats, "reward/mean": float((rollout.reward * rollout.valid).sum(0).mean()),
                         "replay/size": float(len(replay)), "decisions": decisions}

@@ -74,6 +74,11 @@ class OffPolicy:
     operator: Operator
     learning: Learning
 
+    @property
+    def uses_signals(self) -> bool:
+        """Whether a stored state needs what the base says there: for an actor, or to find the best next candidate."""
+        return self.operator.needs_actor or self.learning.backup == "candidates"
+
     def __post_init__(self) -> None:
         if self.learning.backup == "expectile" and not self.operator.scores_actions:
             raise ValueError("the expectile backup learns from data's actions, but this operator's critic scores "

@@ -127,9 +127,9 @@ class RobotOffPolicy:
             return None
         data = [Demonstrations.load(Path(folder)) for folder in self.demonstrations]
         generator = torch.Generator().manual_seed(self.seed)
-        plan = self.algorithm.compose().learning
-        rows = [demonstration_rows(part, policy, discount=plan.discount, reward_scale=self.reward_scale,
-                                   generator=generator) for part in data]
+        pieces = self.algorithm.compose()
+        rows = [demonstration_rows(part, policy, discount=pieces.learning.discount, reward_scale=self.reward_scale,
+                                   generator=generator, signals=pieces.uses_signals) for part in data]
         replay = Replay({}, "demonstrations", sum(len(part.reward) for part in rows))
         for part in rows:
             replay.add(part)

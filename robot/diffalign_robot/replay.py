@@ -16,11 +16,12 @@ _BLOCK = 1024
 
 
 def demonstration_rows(data: Demonstrations, policy: ImprovedPolicy, *, discount: float, reward_scale: float,
-                       generator: torch.Generator) -> Transitions:
+                       generator: torch.Generator, signals: bool = True) -> Transitions:
     """Every chunk of actions that lies inside one episode, with the observation after it.
 
     The last chunk of a successful episode is paid reward_scale and terminates (sparse success; one-step returns). The
-    last chunk of a failed one is left out: the observation after its end was not recorded.
+    last chunk of a failed one is left out: the observation after its end was not recorded. signals: whether to ask the
+    base at every observation.
     """
     unnormalized = chunk_denoiser(policy)
     chunk = unnormalized.event[0]
@@ -38,7 +39,8 @@ def demonstration_rows(data: Demonstrations, policy: ImprovedPolicy, *, discount
     cond = {"obs": data.obs[start]}
     following = {"obs": data.obs[(start + chunk).clamp(max=len(data.obs) - 1)]}
     return Transitions(cond, action, reward_scale * terminal.float(), discount * (~terminal).float(), following,
-                       _signals(policy, cond, generator), _signals(policy, following, generator),
+                       _signals(policy, cond, generator) if signals else {},
+                       _signals(policy, following, generator) if signals else {},
                        torch.full((len(start),), float(DEMONSTRATION)))
 
 
