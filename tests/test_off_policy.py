@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toys import MLPDenoiser, PointMass, toy_policy
 
 from diffalign.algorithms import DSRL, EXPO, Rerank, ResidualRL
-from diffalign.diffusion import ODE, FlowSDE
+from diffalign.diffusion import ODE, FlowSDE, Schedule
 from diffalign.diffusion.trajectories import settled
 from diffalign.policy.actors import BoundedActor
 from diffalign.policy.improved import ImprovedPolicy
@@ -266,6 +266,9 @@ def test_noise_from_the_prior_is_the_base_bit_for_bit():
     w = operator.prior(base, cond, generator(5))
     assert w.abs().max() <= 1.5
     assert torch.equal(operator.execute(base, cond, w), base.act(cond, generator=generator(0), noise=w).action)
+    short = base.with_sampler(ODE(), Schedule(steps=2)).act(cond, generator=generator(0), noise=w).action
+    assert torch.equal(OnNoise(steps=2).execute(base, cond, w), short)
+    assert not torch.equal(short, operator.execute(base, cond, w))
     seen = OnNoise(box=1.5, scores="actions").fallback(base, cond, {}, generator=generator(5))
     assert torch.equal(seen.value[:, 0], operator.execute(base, cond, w))
 
@@ -447,6 +450,8 @@ def test_pieces_that_do_not_fit_are_refused():
         OffPolicy(operator=OnNoise(), learning=Learning(backup="expectile"))
     with pytest.raises(ValueError, match="box must be positive"):
         DSRL(box=0.0).compose()
+    with pytest.raises(ValueError, match="steps must be at least 1 or null"):
+        DSRL(steps=0).compose()
     pieces, policy, state = setup(DSRL(learning=FAST))
     demos = Replay(state.statistics, "demonstrations", 10)
     with pytest.raises(ValueError, match="offline training needs demonstrations"):

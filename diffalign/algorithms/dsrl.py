@@ -23,9 +23,10 @@ class DSRL:
     type: Literal["dsrl"] = "dsrl"
     variant: Literal["sac", "na"] = "sac"
     box: float = 1.5
+    steps: int | None = None
     learning: Learning = Learning()
 
     def compose(self) -> OffPolicy:
         """The pieces of the loop."""
         scores: Literal["noise", "actions"] = "noise" if self.variant == "sac" else "actions"
-        return OffPolicy(operator=OnNoise(box=self.box, scores=scores), learning=self.learning)
+        return OffPolicy(operator=OnNoise(box=self.box, scores=scores, steps=self.steps), learning=self.learning)

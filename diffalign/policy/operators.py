@@ -11,7 +11,7 @@ Legend: N rows, n base samples of a row, m scored candidates of a row, *E event 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -83,18 +83,22 @@ class OnNoise:
     """The base's initial noise is the action: its chain is run by the ODE from w in [-box, box]^E (DSRL).
 
     scores = noise: the critic sees w (DSRL-SAC). actions: it sees the denoised action, and a second critic on w is
-    regressed on it (DSRL-NA, noise aliasing), so that data without noise, demonstrations, can be used.
+    regressed on it (DSRL-NA, noise aliasing), so that data without noise, demonstrations, can be used. steps: of the
+    ODE, null for as many as the base's; every update of the noise-aliased variant runs the chain twice.
     """
 
     type: Literal["noise"] = "noise"
     box: float = 1.5
     scores: Literal["noise", "actions"] = "noise"
+    steps: int | None = None
     needs_actor = True
     takes_action = False
 
     def __post_init__(self) -> None:
         if not self.box > 0:
             raise ValueError(f"box must be positive, got {self.box}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1 or null, got {self.steps}")
 
     @property
     def scores_actions(self) -> bool:
@@ -136,7 +140,8 @@ class OnNoise:
     def denoise(self, base: DiffusionPolicy, cond: Cond, w: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
         """The base's deterministic chain from w; no gradient flows through it."""
         unused = torch.Generator(w.device)
-        return base.with_sampler(ODE()).act(cond, generator=unused, noise=w.detach()).action
+        schedule = base.schedule if self.steps is None else replace(base.schedule, steps=self.steps)
+        return base.with_sampler(ODE(), schedule).act(cond, generator=unused, noise=w.detach()).action
 
     def _draw(self, actor: BoundedActor, cond: Cond, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         u, log_prob = actor(cond, None, generator=generator)
