@@ -43,6 +43,18 @@ def test_the_composition_has_the_analytic_score(first, second):
     torch.testing.assert_close(eps, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("path", [VPPath(train_steps=10), VPPath(betas="linear"), FlowPath()], ids=repr)
+def test_the_time_of_a_level_is_the_nearest_one(path):
+    torch.manual_seed(0)
+    t = path.time_at(FlowPath().level(torch.rand(200), 1))
+    grid = torch.linspace(0, 1, path.train_steps + 1) if isinstance(path, VPPath) else t
+    found, every = path.level(t, 0), path.level(grid, 0)
+    torch.manual_seed(0)
+    wanted = torch.atan2(*reversed(FlowPath().level(torch.rand(200), 0)))
+    gaps = (wanted[:, None] - torch.atan2(every.sigma, every.alpha)).abs()
+    torch.testing.assert_close((wanted - torch.atan2(found.sigma, found.alpha)).abs(), gaps.amin(1), atol=1e-5, rtol=0)
+
+
 @settings(max_examples=20, deadline=None)
 @given(weight=st.floats(0, 1))
 def test_composing_equals_is_the_identity(weight):
@@ -66,8 +78,8 @@ def test_all_weight_on_one_policy_is_that_policy():
 
 
 def test_equal_covariances_compose_to_the_mean_of_the_means():
-    a, b = (gaussian(VPPath(train_steps=1000), "v", mean, 0.2, steps=400) for mean in (0.5, 1.5))
-    sample = compose([a, b], [0.4, 0.6]).act(cond(4000), generator=torch.Generator().manual_seed(0)).action
+    a, b = (gaussian(VPPath(train_steps=1000), "v", mean, 0.2, steps=200) for mean in (0.5, 1.5))
+    sample = compose([a, b], [0.4, 0.6]).act(cond(2000), generator=torch.Generator().manual_seed(0)).action
     assert float(sample.mean()) == pytest.approx(0.4 * 0.5 + 0.6 * 1.5, abs=0.02)
     assert float(sample.std()) == pytest.approx(0.2, abs=0.02)
 

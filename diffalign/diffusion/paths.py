@@ -94,7 +94,7 @@ class VPPath:
         abar = alphas_cumprod(self).to(level.alpha.device)
         angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
         wanted = torch.atan2(level.sigma.double(), level.alpha.double()).flatten()
-        index = (wanted[:, None] - angles).abs().argmin(1)
+        index = torch.searchsorted((angles[1:] + angles[:-1]) / 2, wanted)  # between midpoints lies the nearest entry
         return (index / self.train_steps).to(level.alpha.dtype)
 
     def index(self, t: Float[Tensor, "N"]) -> Tensor:
