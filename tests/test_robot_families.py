@@ -167,6 +167,24 @@ def test_a_composition_is_searched_and_evaluated_beside_its_parents(runs, tmp_pa
         evaluation(Run(runs / "bc0"), "after")["success_rate"], abs=0.25)
 
 
+def test_policies_of_other_data_compose_with_shared_normalizers(runs, tmp_path):
+    episodes = list(collect(TOY, wandering_expert, seeds=list(range(100, 112)), action_noise=0.3, noise_seed=1))
+    join([(obs, 0.5 * action, success) for obs, action, success in episodes]).save(tmp_path / "demos", {})
+    job = RobotBC(base=str(tmp_path / "demos"), environment=TOY, network=ChunkMLP(width=16, blocks=1), chunk=2,
+                  denoising_steps=5, num_envs=32, workers=1, evaluation=QUICK,
+                  pretraining=Pretraining(steps=5, batch_size=16, time="grid"))
+    job.train(open_run(tmp_path / "own", job))
+    shared = replace(job, normalizers_of=str(runs / "bc0"))
+    shared.train(open_run(tmp_path / "shared", shared))
+
+    def composition(other):
+        return RobotCompose(parents=(str(runs / "bc0"), str(other)), data=str(runs / "demos"), environment=TOY)
+
+    with pytest.raises(ValueError, match="clone the second with normalizers_of"):
+        composition(tmp_path / "own")._parents()
+    assert len(composition(tmp_path / "shared")._parents()) == 2
+
+
 def test_the_better_half_plays_on_twice_as_long():
     played = []
 

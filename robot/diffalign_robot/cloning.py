@@ -18,15 +18,21 @@ from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
 from diffalign_robot.runs import build_policy, load_policy, require_same_shapes
+from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
 
 @spec
 class RobotBC:
-    """Behaviour cloning of a chunked diffusion policy from the demonstrations in the run folder `base`."""
+    """Behaviour cloning of a chunked diffusion policy from the demonstrations in the run folder `base`.
+
+    normalizers_of: the run folder of a policy whose normalizers are taken instead of fitted ones, for policies that are
+    to be composed: their noisy chunks must be in the same space.
+    """
 
     type: Literal["robot_bc"] = "robot_bc"
     base: str
+    normalizers_of: str | None = None
     environment: Environment
     network: ChunkMLP = ChunkMLP()
     chunk: int = 4
@@ -83,12 +89,18 @@ class RobotBC:
     def _build(self, data: Demonstrations) -> tuple[DiffusionPolicy, Batch]:
         """An untrained policy with the data's normalizers, and its batches of normalized chunks."""
         obs, action = data.windows(self.chunk)
-        normalizers = Normalizer.fit(data.obs), Normalizer.fit(data.action, "limits")
+        normalizers = self._normalizers(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             policy = build_policy(self.network, self.chunk, obs.shape[1], action.shape[2], self.denoising_steps,
                                   normalizers=normalizers)
         return policy, demonstration_batches(obs, normalizers[1].normalize(action), self.pretraining.batch_size)
+
+    def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:
+        if self.normalizers_of is None:
+            return Normalizer.fit(data.obs), Normalizer.fit(data.action, "limits")
+        other = chunk_denoiser(load_policy(Path(self.normalizers_of)))
+        return other.observation_normalizer, other.action_normalizer
 
 
 def demonstration_batches(obs: torch.Tensor, chunks: torch.Tensor, size: int) -> Batch:

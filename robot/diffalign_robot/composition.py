@@ -100,7 +100,7 @@ class RobotCompose:
                     and torch.allclose(first.scale, other.scale, atol=1e-3)):
                 raise ValueError(f"{folder} normalizes actions differently from {self.parents[0]} (shift "
                                  f"{other.shift.tolist()} and {first.shift.tolist()}): their noisy chunks are not in "
-                                 "the same space; clone both with the same action limits")
+                                 "the same space; clone the second with normalizers_of: the first")
         return policies
 
     def _search(self, run: Run, policies: list[DiffusionPolicy], env: ChunkVectorEnv) -> dict[str, Any]:
