@@ -238,14 +238,6 @@ class Ranks:
         return candidates[None, ..., 0]
 
 
-class Clipped(torch.nn.Module):
-    """A base whose actions lie in [-1, 1], as normalized chunks do."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-
 def bounded_base():
     return replace(toy_base(), kernel=ODE(), clip_x0=1.0)
 

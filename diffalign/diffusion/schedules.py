@@ -8,6 +8,11 @@ from torch import Tensor
 from diffalign.spec import spec
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Path times moved towards 1: s t / (1 + (s - 1) t) (SD3, eq. 23); shift 1 leaves them."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @spec
 class TrainedSteps:
     """Which denoising steps k in 0..K-1 (0 = noisiest) are stochastic actions to be trained.
@@ -57,4 +62,4 @@ class Schedule:
     def times(self) -> Tensor:
         """Grid [K+1] from 1 to 0, float32; on a VP path this is diffusers' `trailing` spacing."""
         t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
-        return (self.shift * t / (1 + (self.shift - 1) * t)).float()
+        return shifted(t, self.shift).float()

@@ -16,6 +16,7 @@ from diffalign.diffusion.gaussian import standard_normal
 from diffalign.diffusion.paths import Level, Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import select_rows
 
 _TOLERANCE = 0.05  # of log(alpha / sigma), between the host's level and the nearest one that a member knows
 
@@ -92,7 +93,7 @@ def noise_predictions(policies: Sequence[DiffusionPolicy], x0: Float[Tensor, "N 
     eps = standard_normal(len(rows), tuple(x0.shape[1:]), x0.device).sample(generator)
     level = host.path.level(t, x0.ndim - 1)
     x = level.alpha * x0[rows] + level.sigma * eps
-    some = {name: leaf[rows] for name, leaf in cond.items()}
+    some = select_rows(cond, rows)
     return torch.stack([at_matched_noise(policy, x, t, level, some)[1] for policy in policies]), eps
 
 

@@ -23,7 +23,7 @@ from diffalign.diffusion.kernels import ODE
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.actors import BoundedActor
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import num_rows
+from diffalign.policy.protocols import num_rows, repeat_rows
 from diffalign.spec import spec
 
 
@@ -220,11 +220,6 @@ class OnActions:
         u, log_prob = actor(repeat_rows(cond, samples.shape[1]), samples.flatten(0, 1), generator=generator)
         value = (samples + self.scale * u.reshape(samples.shape)).clamp(-1, 1)
         return Candidates(value, log_prob.reshape(samples.shape[:2]))
-
-
-def repeat_rows(cond: Cond, times: int) -> dict[str, Tensor]:
-    """Every row `times` times, in a row."""
-    return {name: leaf.repeat_interleave(times, 0) for name, leaf in cond.items()}
 
 
 def _single(value: Float[Tensor, "N *E"], log_prob: Float[Tensor, "N"] | None = None) -> Candidates:

@@ -72,3 +72,8 @@ def num_rows(cond: Cond) -> int:
 def select_rows(cond: Cond, index: Tensor) -> dict[str, Tensor]:
     """Rows `index` of every leaf."""
     return {name: leaf[index] for name, leaf in cond.items()}
+
+
+def repeat_rows(cond: Cond, times: int) -> dict[str, Tensor]:
+    """Every row `times` times, in a row."""
+    return {name: leaf.repeat_interleave(times, 0) for name, leaf in cond.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.normalize import Normalizer
+from diffalign.policy.protocols import repeat_rows
 
 
 class _Linear(nn.Module):
@@ -71,8 +72,7 @@ class QEnsemble(nn.Module):
     def score(self, cond: Cond, candidates: Float[Tensor, "N m *E"]) -> Float[Tensor, "K N m"]:
         """One value per head and candidate."""
         count = candidates.shape[1]
-        repeated = {self.key: cond[self.key].repeat_interleave(count, 0)}
-        values: Tensor = self(repeated, candidates.flatten(0, 1))
+        values: Tensor = self(repeat_rows(cond, count), candidates.flatten(0, 1))
         return values.reshape(self.heads, -1, count)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffalign.diffusion.gaussian import Gaussian, standard_normal
 from diffalign.diffusion.paths import convert, training_target
+from diffalign.diffusion.schedules import shifted
 from diffalign.diffusion.trajectories import DenoisingTrajectory
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import select_rows
@@ -205,8 +206,7 @@ class Matching:
             grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
             t = grid[torch.randint(len(grid), decision.shape, generator=generator, device=device)]
         else:
-            t = 1 - torch.rand(decision.shape, generator=generator, device=device)
-            t = self.shift * t / (1 + (self.shift - 1) * t)
+            t = shifted(1 - torch.rand(decision.shape, generator=generator, device=device), self.shift)
         eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
         empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
         with torch.no_grad():

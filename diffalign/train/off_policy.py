@@ -20,7 +20,7 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ActionCritic, ImprovedPolicy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.operators import Candidates, OnNoise
-from diffalign.policy.protocols import Policy
+from diffalign.policy.protocols import Policy, repeat_rows
 from diffalign.rl.ensembles import QEnsemble, expectile_loss, follow, pessimistic
 from diffalign.rl.replay import Replay, Transitions, mixed, transitions
 from diffalign.rl.rollouts import Rollout
@@ -212,8 +212,7 @@ class _Learner:
         moves = operator.moves(cast(BoundedActor, modules["actor"]), batch.cond, batch.signals,
                                generator=self.state.generator)
         frozen = {name: p.detach() for name, p in judge.named_parameters()}
-        count = moves.value.shape[1]
-        cond = {judge.key: batch.cond[judge.key].repeat_interleave(count, 0)}
+        cond = repeat_rows(batch.cond, moves.value.shape[1])
         value = functional_call(judge, frozen, (cond, moves.value.flatten(0, 1))).mean(0)
         loss: Tensor = -value.mean()
         metrics |= {"actor/q": float(value.detach().mean()), "actor/log_prob": float(moves.log_prob.detach().mean())}

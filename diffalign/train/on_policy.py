@@ -5,7 +5,6 @@ Legend: H decisions, B episodes of this process, N = H * B, R rows, M rows of a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ from diffalign.rl.rollouts import Rollout, RolloutSource
 from diffalign.train import distributed, update
 from diffalign.train.losses import Metrics, RatioDrift, anchors, cloning_loss, policy_loss, value_loss
 from diffalign.train.pieces import OnPolicy, Optimization
-from diffalign.train.state import Iteration, TrainState
+from diffalign.train.state import Iteration, TrainState, cosine, scale_learning_rates
 from diffalign.train.supervised import Batch
 
 __all__ = ["OnPolicy", "Optimization", "RatioDrift", "optimize"]
@@ -37,7 +36,8 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
     """
     _require(pieces, policy, state, reference, demonstrations)
     while True:
-        _set_learning_rates(pieces.optimization, state)
+        if pieces.optimization.decay_iterations is not None:
+            scale_learning_rates(state, cosine(min(1.0, state.step / pieces.optimization.decay_iterations)))
         seed = int(torch.randint(2**62, (1,), generator=state.generator, device=state.generator.device).item())
         collector = torch.Generator(state.generator.device).manual_seed(seed + distributed.rank())
         with _behavior(pieces, state):
@@ -49,13 +49,6 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
         metrics |= _update_policy(pieces, policy, rollout, examples, estimate, state, reference, demonstrations)
         state.step += 1
         yield Iteration(state.step, {**rollout.stats, **metrics})
-
-
-def _set_learning_rates(plan: Optimization, state: TrainState) -> None:
-    if plan.decay_iterations is not None:
-        share = min(1.0, state.step / plan.decay_iterations)
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _require(pieces: OnPolicy, policy: DiffusionPolicy, state: TrainState, reference: Denoiser | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ class TrainState:
             with torch.no_grad():
                 for name, p in module.named_parameters():
                     p.copy_(live[name])
+
+
+def scale_learning_rates(state: TrainState, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its initial one."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def cosine(done: float) -> float:
+    """1 at done = 0, falling to 0 at done = 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 class EMA:

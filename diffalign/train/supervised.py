@@ -5,21 +5,21 @@ Legend: N rows, *E event axes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.diffusion.gaussian import standard_normal
 from diffalign.diffusion.paths import training_target
+from diffalign.diffusion.schedules import shifted
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train import update
-from diffalign.train.state import Iteration, TrainState
+from diffalign.train.state import Iteration, TrainState, cosine, scale_learning_rates
 
 Batch = Callable[[torch.Generator], tuple[Tensor, Cond]]
 
@@ -66,7 +66,7 @@ def draw_times(spec: Pretraining, policy: DiffusionPolicy, rows: int, generator:
         t = torch.randn(rows, generator=generator, device=device).sigmoid()
     else:
         t = 1 - torch.rand(rows, generator=generator, device=device)
-    return spec.shift * t / (1 + (spec.shift - 1) * t)
+    return shifted(t, spec.shift)
 
 
 def denoising_loss(policy: DiffusionPolicy, x0: Float[Tensor, "N *E"], cond: Cond, t: Float[Tensor, "N"],
@@ -93,11 +93,16 @@ def fit(spec: Pretraining, policy: DiffusionPolicy, batch: Batch, state: TrainSt
 def regress(spec: Pretraining, loss: Callable[[torch.Generator], Tensor], state: TrainState) -> Iterator[Iteration]:
     """Minimise a loss that draws its own batch from the state's generator; yield after every step up to spec.steps."""
     while state.step < spec.steps:
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(spec, state.step)
+        scale_learning_rates(state, learning_rate_factor(spec, state.step))
         metrics = update.step(state, [(1.0, lambda: (loss(state.generator), {}))], max_grad_norm=spec.max_grad_norm)
         state.step += 1
         yield Iteration(state.step, metrics)
+
+
+def fresh_state(spec: Pretraining, module: nn.Module, *, seed: int) -> TrainState:
+    """The untrained state of a regression whose one module is the "policy"."""
+    return TrainState.create({"policy": module}, {"policy": spec.learning_rate}, weight_decay=spec.weight_decay,
+                             beta2=spec.beta2, ema_decay=spec.ema_decay, seed=seed)
 
 
 def learning_rate_factor(spec: Pretraining, step: int) -> float:
@@ -105,4 +110,4 @@ def learning_rate_factor(spec: Pretraining, step: int) -> float:
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     done = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return cosine(done)

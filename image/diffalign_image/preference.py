@@ -16,7 +16,7 @@ from diffalign.policy.protocols import select_rows
 from diffalign.spec import spec
 from diffalign.train.preferences import Pairs, prefer
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState
+from diffalign.train.supervised import fresh_state
 from diffalign_image.autoencoder import decode_latents, render_pool
 from diffalign_image.evaluate import Evaluation
 from diffalign_image.rewards import AnyReward
@@ -77,9 +77,7 @@ class ImagePreference:
         models, pieces = self._models(), self.algorithm.compose()
         plan = pieces.fitting
         pairs = self._pairs(models)
-        state = TrainState.create({"policy": models.parts.denoiser}, {"policy": plan.learning_rate},
-                                  weight_decay=plan.weight_decay, beta2=plan.beta2, ema_decay=plan.ema_decay,
-                                  seed=self.seed)
+        state = fresh_state(plan, models.parts.denoiser, seed=self.seed)
         if not run.restore(state):
             models.report(run, "before", self.evaluation, state)
         run.total = plan.steps

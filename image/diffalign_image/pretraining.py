@@ -15,7 +15,7 @@ from diffalign.spec import spec
 from diffalign.train import checkpoint
 from diffalign.train.run import Run
 from diffalign.train.state import Iteration, TrainState
-from diffalign.train.supervised import Pretraining, fit
+from diffalign.train.supervised import Pretraining, fit, fresh_state
 from diffalign_image import pipeline
 from diffalign_image.autoencoder import (
     AutoencoderTraining,
@@ -61,8 +61,7 @@ class ImagePretrain:
         autoencoder = self._autoencoder(run)
         joint, tokenizer = build(self.model, self.autoencoder.latent_channels, self.seed)
         plan, policy = self.pretraining, build_policy(joint, self.schedule, ODE())
-        state = TrainState.create({"policy": joint}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
+        state = fresh_state(plan, joint, seed=self.seed)
         run.restore(state)
         run.total = plan.steps
         pool = render_pool(autoencoder, self.pool_images, torch.Generator().manual_seed(self.seed))

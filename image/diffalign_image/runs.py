@@ -68,17 +68,20 @@ class Models:
 
 
 def build_policy(denoiser: TextTransformer | JointDenoiser, schedule: Schedule, kernel: choices.Kernel,
-            trained: TrainedSteps | None = None) -> DiffusionPolicy:
+                 trained: TrainedSteps | None = None) -> DiffusionPolicy:
+    """The denoiser as a policy on the flow path."""
     return DiffusionPolicy(denoiser, FlowPath(), kernel, schedule, denoiser.event, trained or TrainedSteps())
 
 
 def frozen_denoiser(denoiser: TextTransformer) -> TextTransformer:
+    """A detached copy, to compare with."""
     copy = frozen_copy(denoiser)
     assert isinstance(copy, TextTransformer)
     return copy
 
 
 def newest_checkpoint(run: Run) -> Path:
+    """The newest checkpoint of a run. Raises: ValueError naming the command that makes it."""
     found = checkpoint.latest(run.path / "checkpoints")
     if found is None:
         raise ValueError(f"{run.path} has no checkpoint yet; train it first with "
@@ -87,7 +90,7 @@ def newest_checkpoint(run: Run) -> Path:
 
 
 def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, step: int,
-            reference: Denoiser | None = None) -> None:
+           reference: Denoiser | None = None) -> None:
     """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
     result = evaluate(policy, parts, evaluation, reference=reference)
     run.write_json(f"evaluations/{name}.json", {**result, "step": step})
@@ -99,7 +102,8 @@ def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluatio
 
 
 def grid(policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, folder: Path, name: str, seed: int,
-          count: int) -> Path:
+         count: int) -> Path:
+    """folder/<name>.png: `count` pictures by the ODE for the evaluation's captions."""
     captions = pick_captions(evaluation)
     some = [captions[i % len(captions)] for i in range(count)]
     return save_grid(draw(sampler_policy(policy, "ode"), parts, some, seed=seed), folder / f"{name}.png")
@@ -113,6 +117,7 @@ def sized(evaluation: Evaluation, seed: int, images: int | None) -> Evaluation:
 
 
 def chosen_sampler(name: str | None, *, stochastic: bool) -> Sampler:
+    """The sampler of that name, the ODE by default. Raises: ValueError for one that the run cannot have."""
     if name in (None, "ode"):
         return "ode"
     if name == "stochastic" and stochastic:

@@ -22,9 +22,9 @@ from diffalign.train.supervised import Batch
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import demonstration_batches
 from diffalign_robot.demos import Demonstrations
-from diffalign_robot.evaluate import Sampler, evaluate
-from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
-from diffalign_robot.runs import config_of, load_policy, require_same_shapes
+from diffalign_robot.evaluate import Sampler
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
+from diffalign_robot.runs import config_of, load_policy
 from diffalign_robot.source import EnvSource, chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
@@ -67,10 +67,7 @@ class RobotAlign:
         reference = cast(Denoiser, frozen_copy(state.modules["policy"])) if pieces.needs_reference else None
         run.restore(state)
         run.total = self.iterations
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        network = chunk_denoiser(policy)
-        require_same_shapes((env.obs_dim, env.action_dim),
-                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        env = open_env(self.environment, policy, self.num_envs, self.workers)
         if state.step == 0:
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
@@ -97,12 +94,8 @@ class RobotAlign:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        try:
-            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
-                            sampler=sampler or self.evaluation.sampler)
-        finally:
-            env.close()
+        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""

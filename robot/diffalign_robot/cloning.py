@@ -11,15 +11,13 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.normalize import Normalizer
 from diffalign.spec import spec
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState
-from diffalign.train.supervised import Batch, Pretraining, fit
+from diffalign.train.supervised import Batch, Pretraining, fit, fresh_state
 from diffalign_robot.choices import ChunkMLP, Environment
 from diffalign_robot.demos import Demonstrations
-from diffalign_robot.evaluate import Sampler, evaluate
-from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
-from diffalign_robot.runs import build_policy, load_policy, require_same_shapes
+from diffalign_robot.evaluate import Sampler
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
+from diffalign_robot.runs import build_policy, load_policy
 from diffalign_robot.source import chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
 
 
 @spec
@@ -55,8 +53,7 @@ class RobotBC:
         module = policy.denoiser
         assert isinstance(module, torch.nn.Module)
         plan = self.pretraining
-        state = TrainState.create({"policy": module}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
+        state = fresh_state(plan, module, seed=self.seed)
         run.restore(state)
         run.total = plan.steps
         for iteration in fit(plan, policy, batch, state):
@@ -64,8 +61,7 @@ class RobotBC:
                 run.log(iteration.step, iteration.metrics)
             if iteration.step % 500 == 0 or iteration.step == plan.steps:
                 run.save(state)
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        require_same_shapes((env.obs_dim, env.action_dim), (data.obs.shape[1], data.action.shape[1]), self.environment)
+        env = open_env(self.environment, policy, self.num_envs, self.workers)
         with state.ema_modules():
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=state.step, name="after")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
@@ -74,12 +70,8 @@ class RobotBC:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        try:
-            return evaluate(load_policy(run.path), env, seed=seed, episodes=episodes or self.evaluation.episodes,
-                            sampler=sampler or self.evaluation.sampler)
-        finally:
-            env.close()
+        return evaluate_run(load_policy(run.path), self.environment, self.evaluation, num_envs=self.num_envs,
+                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""

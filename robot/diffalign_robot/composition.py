@@ -17,8 +17,8 @@ from diffalign.train.search import successive_halving
 from diffalign_robot.choices import Environment
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
-from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
-from diffalign_robot.runs import load_policy, require_same_shapes
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
+from diffalign_robot.runs import load_policy
 from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
@@ -58,11 +58,8 @@ class RobotCompose:
     def train(self, run: Run) -> None:
         """Screen, search, evaluate afresh, and write composition.json; a finished search is kept."""
         policies = self._parents()
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
+        env = open_env(self.environment, policies[0], self.num_envs, self.workers)
         try:
-            network = chunk_denoiser(policies[0])
-            require_same_shapes((env.obs_dim, env.action_dim),
-                                (len(network.observation_normalizer.shift), network.event[1]), self.environment)
             if not (run.path / "composition.json").is_file():
                 run.write_json("composition.json", self._search(run, policies, env))
             for number, (folder, parent) in enumerate(zip(self.parents, policies, strict=True)):
@@ -79,12 +76,8 @@ class RobotCompose:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the composition that the search found."""
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        try:
-            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
-                            sampler=sampler or self.evaluation.sampler)
-        finally:
-            env.close()
+        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the composition."""

@@ -9,6 +9,8 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign_robot.choices import Environment, MetaWorld
 from diffalign_robot.evaluate import RobotPolicy, Sampler, evaluate, record
+from diffalign_robot.runs import require_same_shapes
+from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
 
@@ -28,6 +30,24 @@ class Evaluation:
         if self.episodes < 2 or self.every < 1 or self.videos < 0:
             raise ValueError("need episodes >= 2, every >= 1, videos >= 0; "
                              f"got {self.episodes}, {self.every}, {self.videos}")
+
+
+def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, workers: int) -> ChunkVectorEnv:
+    """The environment for a policy. Raises: ValueError if the policy was trained for another one."""
+    env, network = ChunkVectorEnv(environment, num_envs, workers=workers), chunk_denoiser(policy)
+    require_same_shapes((env.obs_dim, env.action_dim),
+                        (len(network.observation_normalizer.shift), network.event[1]), environment)
+    return env
+
+
+def evaluate_run(policy: RobotPolicy, environment: Environment, plan: Evaluation, *, num_envs: int, workers: int,
+                 seed: int, episodes: int | None, sampler: Sampler | None) -> dict[str, Any]:
+    """Success rate of a finished run's policy; None takes the plan's own."""
+    env = ChunkVectorEnv(environment, num_envs, workers=workers)
+    try:
+        return evaluate(policy, env, seed=seed, episodes=episodes or plan.episodes, sampler=sampler or plan.sampler)
+    finally:
+        env.close()
 
 
 def evaluate_and_log(run: Run, policy: RobotPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,

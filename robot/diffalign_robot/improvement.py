@@ -18,12 +18,11 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_robot.choices import Environment
 from diffalign_robot.demos import Demonstrations
-from diffalign_robot.evaluate import Sampler, evaluate, evaluation_policy
-from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
+from diffalign_robot.evaluate import Sampler, evaluation_policy
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.replay import demonstration_rows
-from diffalign_robot.runs import load_policy, newest_checkpoint, require_same_shapes
+from diffalign_robot.runs import load_policy, newest_checkpoint
 from diffalign_robot.source import EnvSource, chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
 
 
 @spec
@@ -64,13 +63,10 @@ class RobotOffPolicy:
     def train(self, run: Run) -> None:
         """Evaluate, improve with evaluations on the way, evaluate and film again."""
         pieces, policy, state = self._build()
-        demonstrations = self._demonstrations(policy, state)
+        demonstrations = self._demonstrations(policy)
         resumed = run.restore(state)
         run.total = self.iterations
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        network = chunk_denoiser(policy)
-        require_same_shapes((env.obs_dim, env.action_dim),
-                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        env = open_env(self.environment, policy, self.num_envs, self.workers)
         if not resumed:
             evaluate_and_log(run, policy.base, env, self.evaluation, seed=self.seed, step=0, name="before")
             film(run, policy.base, self.environment, self.evaluation, seed=self.seed, name="before")
@@ -92,12 +88,8 @@ class RobotOffPolicy:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        try:
-            return evaluate(self._trained(run), env, seed=seed, episodes=episodes or self.evaluation.episodes,
-                            sampler=sampler or self.evaluation.sampler)
-        finally:
-            env.close()
+        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""
@@ -121,7 +113,7 @@ class RobotOffPolicy:
         checkpoint.load_modules(newest_checkpoint(run.path, "diffalign train CONFIG"), state.modules)
         return policy
 
-    def _demonstrations(self, policy: ImprovedPolicy, state: TrainState) -> Replay | None:
+    def _demonstrations(self, policy: ImprovedPolicy) -> Replay | None:
         """Demonstrations as transitions; their base signals are drawn once, from the job's seed."""
         if not self.demonstrations:
             return None

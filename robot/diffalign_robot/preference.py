@@ -13,15 +13,14 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.preferences import Pairs, prefer
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState
+from diffalign.train.supervised import Batch, fresh_state
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import demonstration_batches
 from diffalign_robot.demos import Demonstrations
-from diffalign_robot.evaluate import Sampler, evaluate
-from diffalign_robot.evaluation import Evaluation, evaluate_and_log, film, sample_videos
-from diffalign_robot.runs import load_policy, require_same_shapes
+from diffalign_robot.evaluate import Sampler
+from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
+from diffalign_robot.runs import load_policy
 from diffalign_robot.source import chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
 
 
 @spec
@@ -56,13 +55,10 @@ class RobotPreference:
     def train(self, run: Run) -> None:
         """Learn or go on, with evaluations before, during and after."""
         policy, pieces = load_policy(Path(self.base)), self.algorithm.compose()
-        plan, network = pieces.fitting, chunk_denoiser(policy)
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        require_same_shapes((env.obs_dim, env.action_dim),
-                            (len(network.observation_normalizer.shift), network.event[1]), self.environment)
+        plan = pieces.fitting
+        env = open_env(self.environment, policy, self.num_envs, self.workers)
         batch = self._winners(policy)
-        state = TrainState.create({"policy": network}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                  beta2=plan.beta2, ema_decay=plan.ema_decay, seed=self.seed)
+        state = fresh_state(plan, chunk_denoiser(policy), seed=self.seed)
         if not run.restore(state):
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
@@ -89,19 +85,15 @@ class RobotPreference:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        env = ChunkVectorEnv(self.environment, self.num_envs, workers=self.workers)
-        try:
-            return evaluate(load_policy(run.path), env, seed=seed, episodes=episodes or self.evaluation.episodes,
-                            sampler=sampler or self.evaluation.sampler)
-        finally:
-            env.close()
+        return evaluate_run(load_policy(run.path), self.environment, self.evaluation, num_envs=self.num_envs,
+                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""
         return sample_videos(load_policy(run.path), self.environment, out, seed=seed, count=count,
                              sampler=self.evaluation.sampler)
 
-    def _winners(self, policy: DiffusionPolicy) -> Any:
+    def _winners(self, policy: DiffusionPolicy) -> Batch:
         observations, chunks = [], []
         for folder in self.demonstrations:
             obs, action = Demonstrations.load(Path(folder)).successful().windows(policy.event[0])
