@@ -10,6 +10,7 @@ from diffalign.diffusion.kernels import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE
 from diffalign.diffusion.paths import FlowPath, VPPath
 from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized, LeaveOneOut, PromptRunning
 from diffalign.rl.likelihoods import Matching, Transition
+from diffalign.rl.starts import Start
 from diffalign.rl.surrogates import (
                       ContrastiveMatching,
                       DivergenceGate,
@@ -24,6 +25,6 @@ Kernel = Annotated[DDPM | DDIM | ODE | FlowSDE | DanceSDE | CPS, Field(discrimin
 Advantage = Annotated[GAE | GroupNormalized | BestOfGroup | LeaveOneOut | PromptRunning, Field(discriminator="type")]
 Surrogate = Annotated[PPOClip | SimplePO | DivergenceGate | GuardClip | ContrastiveMatching | WeightedRegression,
                       Field(discriminator="type")]
-Likelihood = Annotated[Transition | Matching, Field(discriminator="type")]
+Likelihood = Annotated[Transition | Matching | Start, Field(discriminator="type")]
 
 UNIONS = {"paths": Path, "kernels": Kernel, "advantages": Advantage, "surrogates": Surrogate, "likelihoods": Likelihood}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffalign import config
-from diffalign.algorithms import AWM, DDPO, DPO, DPPO, FlowGRPO, SePPO
+from diffalign.algorithms import AWM, DDPO, DPO, DPPO, FlowGRPO, NoisePPO, SePPO
 from diffalign.diffusion import CPS, ODE, FlowPath, Schedule
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.rl.surrogates import PPOClip
@@ -30,7 +30,7 @@ from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
 from diffalign_image.rewards import Jpeg, Verifiable
-from diffalign_image.runs import Models
+from diffalign_image.runs import Models, newest_checkpoint
 from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
@@ -292,6 +292,32 @@ def test_a_second_stage_is_measured_against_the_first_ones_base(base: Path, tmp_
     assert lines(second, "eval")[0]["kl_nats"] == moved
     alone = start(tmp_path / "alone", alignment_job(first, 1)).path
     assert lines(alone, "eval")[0]["kl_nats"] == 0
+
+
+def test_steering_moves_the_noise_alone_and_reports_its_kl(base: Path, tmp_path: Path) -> None:
+    """Resumed after a kill it gives the same numbers; the KL of the ODE chain is that of its start, without an SDE."""
+    plan = Optimization(learning_rate=1e-2, ema_decay=0.5)
+    job = alignment_job(base, 2, algorithm=NoisePPO(optimization=plan), steering=(8,), kernel=ODE())
+    run = start(tmp_path / "run", job)
+    folder = run.path / "evaluations"
+    before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["kl_nats"] == 0
+    assert after["kl_nats"] > 0
+    assert all(record["ratio_drift"] == 0 for record in lines(run.path, "train"))
+    models = Models.load(str(base), job.schedule, job.kernel, steering=job.steering)
+    untrained = models.parts.denoiser.state_dict()
+    for name, tensor in models.restore(run).parts.denoiser.state_dict().items():
+        assert torch.equal(tensor, untrained[name])
+    assert {**job.evaluate(run, seed=QUICK.seed, episodes=None, sampler=None), "step": 2} == after
+    assert not (run.path / "pipeline").exists()
+    shutil.rmtree(newest_checkpoint(run))  # as if it had been killed before it wrote the last one
+    start(run.path, job, resume=True)
+    assert json.loads((folder / "after.json").read_text()) == after
+    for changes, message in (({"steering": None}, "needs a learned initial noise"),
+                             ({"shared_noise": True}, "shared_noise must be false"),
+                             ({"algorithm": DDPO()}, "cannot use a learned initial noise")):
+        with pytest.raises(ValueError, match=message):
+            replace(job, **changes)
 
 
 def preference_job(base: Path, steps: int, **changes: object) -> ImagePreference:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from diffalign import config
-from diffalign.algorithms import AWM, DPPO
+from diffalign.algorithms import AWM, DPPO, NoisePPO
+from diffalign.diffusion import ODE
 from diffalign.rl.advantages import GAE
 from diffalign.rl.surrogates import PPOClip
 from diffalign.train.pieces import Optimization
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining
+from diffalign_robot.alignment import Exploration
 from diffalign_robot.choices import ChunkMLP, Gymnasium, MetaWorld
 from diffalign_robot.demos import Demonstrations, collect, join
 from diffalign_robot.evaluation import Evaluation
@@ -126,6 +128,24 @@ def test_a_stopped_alignment_resumes_to_the_same_numbers(runs, tmp_path):
     assert evaluation(whole, "after") == evaluation(again, "after")
     for name, tensor in load_policy(whole.path).denoiser.state_dict().items():
         assert torch.equal(tensor, load_policy(again.path).denoiser.state_dict()[name])
+
+
+def test_steering_a_frozen_policy_improves_it_and_loads_again(runs, tmp_path):
+    plan = Optimization(learning_rate=3e-3, critic_learning_rate=3e-3, epochs=4, minibatches=2, ema_decay=0.5)
+    ode = replace(QUICK, sampler="ode")
+    job = alignment(runs, algorithm=NoisePPO(advantage=GAE(gamma=0.95), optimization=plan, reference_kl=1e-3),
+                    exploration=Exploration(kernel=ODE()), steering=(32,), iterations=15, evaluation=ode)
+    run = open_run(tmp_path / "steered", job)
+    job.train(run)
+    assert evaluation(run, "after")["success_rate"] >= evaluation(run, "before")["success_rate"] + 0.1
+    assert lines(run, "train")[-1]["kl/reference"] > 0
+    loaded, base = load_policy(run.path), load_policy(runs / "bc")
+    for name, tensor in base.denoiser.state_dict().items():
+        assert torch.equal(tensor, loaded.denoiser.denoiser.state_dict()[name])
+    again = job.evaluate(run, seed=0, episodes=None, sampler=None)
+    assert again["success_rate"] == evaluation(run, "after")["success_rate"]
+    with pytest.raises(ValueError, match="needs a learned initial noise"):
+        replace(job, steering=None)
 
 
 def test_workers_do_not_change_an_alignment(runs, tmp_path):

@@ -30,7 +30,7 @@ def evaluate(surrogate, log_ratio, advantage, *, dims=D, position=1.0, gaussians
     rows = Rows({}, {}, advantage, torch.full_like(log_ratio, 0.3).detach(), gaussians[0],
                 torch.full_like(log_ratio, position).detach())
     empty = torch.zeros(len(log_ratio), dims)
-    new = Scored(log_ratio + 0.3, gaussians[1], empty, empty, dims)
+    new = Scored(log_ratio + 0.3, gaussians[1], (empty, empty), dims)
     result = surrogate(new, rows)
     (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratio)
     return result.loss.detach(), gradient, result.held_low, result.held_high
@@ -188,7 +188,7 @@ def test_gradcheck(surrogate):
     rows = Rows({}, {}, advantage, old, None, torch.ones(8, dtype=torch.float64))
     log_prob = (old + torch.linspace(-0.25, 0.25, 8, dtype=torch.float64)).requires_grad_()
     zero = torch.zeros(8, D)
-    torch.autograd.gradcheck(lambda lp: surrogate(Scored(lp, None, zero, zero, D), rows).loss, (log_prob,))
+    torch.autograd.gradcheck(lambda lp: surrogate(Scored(lp, None, (zero, zero), D), rows).loss, (log_prob,))
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -14,14 +14,16 @@ from diffalign.algorithms.expo import EXPO
 from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.algorithms.grpo_guard import GRPOGuard
 from diffalign.algorithms.nft import DiffusionNFT
+from diffalign.algorithms.noise_ppo import NoisePPO
 from diffalign.algorithms.orw import ORW
 from diffalign.algorithms.rerank import Rerank
 from diffalign.algorithms.residual import ResidualRL
 from diffalign.algorithms.seppo import SePPO
 
-Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT | ORW, Field(discriminator="type")]
+Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT | ORW | NoisePPO,
+                      Field(discriminator="type")]
 PreferenceAlgorithm = Annotated[SePPO | DPO, Field(discriminator="type")]
 OffPolicyAlgorithm = Annotated[DSRL | ResidualRL | EXPO | Rerank, Field(discriminator="type")]
 
 __all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "ORW", "Algorithm", "DiffusionNFT", "FlowGRPO", "GRPOGuard",
-           "OffPolicyAlgorithm", "PreferenceAlgorithm", "Rerank", "ResidualRL", "SePPO"]
+           "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "Rerank", "ResidualRL", "SePPO"]

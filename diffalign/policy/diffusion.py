@@ -17,6 +17,7 @@ from diffalign.diffusion.paths import FlowPath, Path, convert
 from diffalign.diffusion.schedules import Schedule, TrainedSteps
 from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
 from diffalign.policy.protocols import Decision, Denoiser, num_rows
+from diffalign.policy.steering import Steers
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class DiffusionPolicy:
     """A stochastic policy whose action is the end of a denoising chain (DDPO, sec. 4; DPPO, sec. 4).
 
     event: shape of one action, e.g. (3, 32, 32) or (chunk, action_dim). clip_x0 clamps the predicted x0 to
-    +-clip_x0 and re-derives eps, as DPPO does for normalized actions. zero_noise starts the chain at x = 0 instead of
-    a draw from N(0, I) (an evaluation choice).
+    +-clip_x0 and re-derives eps, as DPPO does for normalized actions. zero_noise starts the chain at the start's mean
+    (x = 0 unless it is steered) instead of a draw (an evaluation choice).
 
     Raises: ValueError if the kernel is only right on the flow path and the path is another one.
     """
@@ -76,6 +77,12 @@ class DiffusionPolicy:
         moved = self.kernel.moments(torch.zeros_like(total), -now.sigma / total, now.alpha / total, now, nxt)
         return moved.mean.abs().flatten()
 
+    def start(self, cond: Cond) -> Gaussian:
+        """Where the chain starts: N(0, I), or what a steered denoiser learned."""
+        if isinstance(self.denoiser, Steers):
+            return self.denoiser.start(cond)
+        return standard_normal(num_rows(cond), self.event, next(iter(cond.values())).device)
+
     def window(self, generator: torch.Generator) -> Tensor:
         """A draw of the trained denoising steps [K], for all decisions of one rollout."""
         return self.trained.draw(self.schedule.steps, generator)
@@ -93,11 +100,11 @@ class DiffusionPolicy:
         times = self.schedule.times().to(device)
         window = self.window(generator) if trained is None else trained
         trained = window.clone()
-        prior = standard_normal(rows, self.event, device)
+        start = self.start(cond)
         if noise is None:
-            noise = torch.zeros_like(prior.mean) if self.zero_noise else prior.sample(generator)
-        elif noise.shape != prior.mean.shape:
-            raise ValueError(f"noise must be {tuple(prior.mean.shape)} (rows of cond, event), got {tuple(noise.shape)}")
+            noise = start.mean if self.zero_noise else start.sample(generator)
+        elif noise.shape != start.mean.shape:
+            raise ValueError(f"noise must be {tuple(start.mean.shape)} (rows of cond, event), got {tuple(noise.shape)}")
         x = noise
         xs, means, stds, log_probs = [x], [], [], []
         for k in range(self.schedule.steps):

@@ -22,6 +22,10 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import select_rows
 from diffalign.spec import spec
 
+# What a likelihood gives and a surrogate or penalty may ask for: a log-density in nats, the Gaussian denoising step of
+# the rollout policy, its x0, the policy's (x0, eps) predictions.
+Signal = Literal["density", "gaussian step", "old x0", "prediction"]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -40,22 +44,33 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian step, its x0 and eps, event size D.
+    """A policy's view of rows: log-likelihood [M] in nats, its Gaussian, its predicted (x0, eps), event size D.
 
-    leverage is |d mean / d velocity| of the step (None where there is no Gaussian step).
+    predicted is None where the denoiser was not asked; leverage is |d mean / d velocity| of a denoising step.
     """
 
     log_prob: Float[Tensor, "M"]
     gaussian: Gaussian | None
-    x0: Float[Tensor, "M *E"]
-    eps: Float[Tensor, "M *E"]
+    predicted: tuple[Float[Tensor, "M *E"], Float[Tensor, "M *E"]] | None
     dims: int
     leverage: Float[Tensor, "M"] | None = None
 
     @property
+    def x0(self) -> Float[Tensor, "M *E"]:
+        """The predicted x0. Raises: ValueError if the denoiser was not asked."""
+        return self._asked()[0]
+
+    @property
     def velocity(self) -> Float[Tensor, "M *E"]:
-        """eps - x0."""
-        return self.eps - self.x0
+        """eps - x0. Raises: ValueError if the denoiser was not asked."""
+        x0, eps = self._asked()
+        return eps - x0
+
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        if self.predicted is None:
+            raise ValueError("this likelihood does not ask the denoiser, so it has no x0 and no velocity; "
+                             "use reference_kl")
+        return self.predicted
 
 
 @runtime_checkable
@@ -74,9 +89,7 @@ class Likelihood(Protocol):
     """A spec that turns a rollout into scored rows."""
 
     @property
-    def has_density(self) -> bool: ...
-    @property
-    def provides(self) -> str: ...
+    def provides(self) -> frozenset[Signal]: ...
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
                  *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> ExampleSet:
         """The rows of the given decisions."""
@@ -122,8 +135,7 @@ class Transition:
 
     type: Literal["transition"] = "transition"
     denoising_discount: float = 1.0
-    has_density = True
-    provides: ClassVar[str] = "gaussian step"
+    provides: ClassVar[frozenset[Signal]] = frozenset({"density", "gaussian step", "prediction"})
 
     def __post_init__(self) -> None:
         if not 0 < self.denoising_discount <= 1:
@@ -146,7 +158,7 @@ class Transition:
         x0, eps = policy.predict(data["x"], data["t"], rows.cond)
         gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps)
         leverage = policy.leverage(data["t"], data["t_next"])
-        return Scored(gaussian.log_prob(data["x_next"]), gaussian, x0, eps, gaussian.dims, leverage)
+        return Scored(gaussian.log_prob(data["x_next"]), gaussian, (x0, eps), gaussian.dims, leverage)
 
 
 @dataclass(frozen=True)
@@ -188,8 +200,7 @@ class Matching:
     weight: Literal["one", "t", "t2"] = "one"
     time: Literal["grid", "uniform"] = "grid"
     shift: float = 1.0
-    has_density = False
-    provides: ClassVar[str] = "old x0"
+    provides: ClassVar[frozenset[Signal]] = frozenset({"old x0", "prediction"})
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -224,4 +235,4 @@ class Matching:
         error = ((output - training_target(prediction, x0, eps, level)) ** 2).flatten(1).sum(1)
         weight = {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight]
         new_x0, new_eps = convert(prediction, output, x, level)
-        return Scored(-weight * error, None, new_x0, new_eps, x0[0].numel())
+        return Scored(-weight * error, None, (new_x0, new_eps), x0[0].numel())

@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffalign.rl.likelihoods import Rows, Scored
+from diffalign.rl.likelihoods import Rows, Scored, Signal
 from diffalign.spec import spec
 
 Unit = Literal["nats", "per_dim"]
-Signal = Literal["gaussian step", "old x0"]  # what a surrogate may need of a likelihood besides the ratio
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _require(pieces: OnPolicy, policy: DiffusionPolicy, state: TrainState, refer
                          f"got {sorted(state.modules)}")
     if pieces.behavior_cloning and demonstrations is None:
         raise ValueError(f"behavior_cloning={pieces.behavior_cloning} needs demonstrations, got None")
-    if pieces.likelihood.has_density and not policy.kernel.stochastic:
+    if "gaussian step" in pieces.likelihood.provides and not policy.kernel.stochastic:
         raise ValueError(f"{policy.kernel} is deterministic and has no transition density; use DDPM, DDIM(eta > 0), "
                          "FlowSDE or CPS, or the matching likelihood (awm)")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from diffalign.rl.advantages import AdvantageEstimator
 from diffalign.rl.likelihoods import Likelihood
+from diffalign.rl.starts import Start
 from diffalign.rl.surrogates import Surrogate
 from diffalign.spec import spec
 
@@ -72,13 +74,18 @@ class OnPolicy:
         for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "value_loss"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.surrogate.needs is not None and self.surrogate.needs != self.likelihood.provides:
+        gives = self.likelihood.provides
+        if self.surrogate.needs is not None and self.surrogate.needs not in gives:
             raise ValueError(f"{type(self.surrogate).__name__} needs the {self.surrogate.needs} of the rollout policy, "
                              f"which the {type(self.likelihood).__name__} likelihood has not; use PPOClip or SimplePO")
-        if self.reference_kl and not self.likelihood.has_density:
+        if self.reference_kl and "density" not in gives:
             raise ValueError(f"reference_kl={self.reference_kl} needs Gaussian steps, which the "
                              f"{type(self.likelihood).__name__} likelihood has not; use reference_velocity")
-        if self.behavior == "averaged" and (self.likelihood.has_density or self.optimization.ema_decay is None):
+        if (self.reference_velocity or self.ema_velocity) and "prediction" not in gives:
+            raise ValueError(f"reference_velocity={self.reference_velocity} and ema_velocity={self.ema_velocity} need "
+                             f"the denoiser's predictions, which the {type(self.likelihood).__name__} likelihood has "
+                             "not; use reference_kl")
+        if self.behavior == "averaged" and ("density" in gives or self.optimization.ema_decay is None):
             raise ValueError("averaged rollouts need averaged weights (set optimization.ema_decay) and a loss without "
                              f"a likelihood ratio, got ema_decay={self.optimization.ema_decay} and the "
                              f"{type(self.likelihood).__name__} likelihood")
@@ -89,6 +96,13 @@ class OnPolicy:
     def needs_reference(self) -> bool:
         """Whether a frozen reference denoiser must be given."""
         return self.reference_kl > 0 or self.reference_velocity > 0
+
+    def require_steering(self, hidden: Sequence[int] | None) -> None:
+        """Raises: ValueError unless a job steers its initial noise just where the likelihood is that of the noise."""
+        if (hidden is not None) != isinstance(self.likelihood, Start):
+            what = "needs" if hidden is None else "cannot use"
+            raise ValueError(f"the {type(self.likelihood).__name__} likelihood {what} a learned initial noise, got "
+                             f"steering={hidden}; take noise_ppo with steering, e.g. [256, 256], or neither")
 
     @property
     def needs_critic(self) -> bool:

@@ -25,7 +25,8 @@ class ImageAlign:
     base: the run folder of the model to start from, pre-trained or aligned. reference: that of the model against which
     the KL is reported and penalized; null is the base. kernel, schedule and trained are the sampler of the rollouts;
     evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images;
-    with shared_noise those of a prompt start from the same noise.
+    with shared_noise those of a prompt start from the same noise. steering: hidden widths of a network that chooses
+    the initial noise of the frozen model, for noise_ppo; null trains the model itself.
     """
 
     type: Literal["image_align"] = "image_align"
@@ -40,13 +41,18 @@ class ImageAlign:
     prompts_per_update: int = 16
     images_per_prompt: int = 16
     shared_noise: bool = False
+    steering: tuple[int, ...] | None = None
     iterations: int
     evaluation: Evaluation = Evaluation()
     evaluate_every: int | None = None
     checkpoint_every: int = 5
 
     def __post_init__(self) -> None:
-        if self.algorithm.compose().needs_critic:
+        pieces = self.algorithm.compose()
+        pieces.require_steering(self.steering)
+        if self.steering is not None and self.shared_noise:
+            raise ValueError("with steering the initial noise is what is learned: shared_noise must be false")
+        if pieces.needs_critic:
             raise ValueError(f"algorithm {self.algorithm.type} needs a value critic, which image jobs do not have; "
                              "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
         for name in ("iterations", "checkpoint_every"):
@@ -58,9 +64,9 @@ class ImageAlign:
     def train(self, run: Run) -> None:
         """Align or go on, with evaluations on held-out captions before, during and after."""
         models, pieces = self._models(), self.algorithm.compose()
-        plan, net = pieces.optimization, models.parts.denoiser
-        state = TrainState.create({"policy": net}, {"policy": plan.learning_rate}, weight_decay=plan.weight_decay,
-                                  ema_decay=plan.ema_decay, seed=self.seed)
+        plan = pieces.optimization
+        state = TrainState.create({"policy": models.trained}, {"policy": plan.learning_rate},
+                                  weight_decay=plan.weight_decay, ema_decay=plan.ema_decay, seed=self.seed)
         source = training_prompts(models.parts, self.reward, prompts=self.prompts_per_update,
                                   images_per_prompt=self.images_per_prompt, shared_noise=self.shared_noise)
         if not run.restore(state):
@@ -87,4 +93,5 @@ class ImageAlign:
         return self._models().restore(run).sample(self.evaluation, out, seed=seed, count=count)
 
     def _models(self) -> Models:
-        return Models.load(self.base, self.schedule, self.kernel, self.trained, reference=self.reference)
+        return Models.load(self.base, self.schedule, self.kernel, self.trained, reference=self.reference,
+                           steering=self.steering, seed=self.seed)

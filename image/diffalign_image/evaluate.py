@@ -19,6 +19,7 @@ from torch import Tensor
 from diffalign.diffusion import ODE
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser, select_rows
+from diffalign.policy.steering import Steers
 from diffalign.spec import spec
 from diffalign.train.statistics import mean_interval
 from diffalign_image.autoencoder import decode_latents
@@ -103,7 +104,7 @@ def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler
         rewards[name] = {"mean": mean, "interval": [low, high]}
     result: dict[str, Any] = {"rewards": rewards, "split": spec.split, "prompts": spec.prompts,
                               "images": len(drawn.captions), "seed": spec.seed, "sampler": describe(chosen)}
-    if reference is not None and policy.kernel.stochastic:
+    if reference is not None and (policy.kernel.stochastic or isinstance(policy.denoiser, Steers)):
         some = [captions[i % len(captions)] for i in range(spec.kl_images)]
         mean, low, high = mean_interval(path_kl(policy, reference, parts, some, seed=spec.seed).tolist())
         result |= {"kl_nats": mean, "kl_interval": [low, high], "kl_sampler": describe(policy)}
@@ -115,8 +116,8 @@ def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions
             ) -> Float[Tensor, "N"]:
     """KL(policy || reference) of the whole chain in nats, one estimate per caption [N].
 
-    Sum over the stochastic steps of the exact Gaussian KL at the states that the policy visits; its mean over
-    trajectories is the exact KL of the path distributions (chain rule) and bounds that of the images.
+    Sum over the start and the stochastic steps of the exact Gaussian KL at the states that the policy visits; its
+    mean over trajectories is the exact KL of the path distributions (chain rule) and bounds that of the images.
     """
     cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
     generator, anchor = torch.Generator().manual_seed(seed), replace(policy, denoiser=reference)
@@ -125,7 +126,7 @@ def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions
     for rows in _blocks(len(captions)):
         some = select_rows(cond, rows)
         trajectory = policy.act(some, generator=generator, trained=everywhere.clone()).trajectory
-        total = torch.zeros(len(rows))
+        total = policy.start(some).kl(anchor.start(some))
         for k in trajectory.trained.nonzero().flatten().tolist():
             x, t, t_next = trajectory.x[:, k], *(trajectory.times[k + i].expand(len(rows)) for i in (0, 1))
             steps = [p.step(x, t, t_next, *p.predict(x, t, some)) for p in (policy, anchor)]

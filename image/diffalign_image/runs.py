@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from diffalign import choices
 from diffalign.diffusion import FlowPath, Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.normalize import Normalizer
 from diffalign.policy.protocols import Denoiser
+from diffalign.policy.steering import SteeredDenoiser, steered
 from diffalign.train import checkpoint
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
@@ -17,6 +22,8 @@ from diffalign_image import pipeline
 from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
 from diffalign_image.model import JointDenoiser, TextTransformer
 from diffalign_image.pipeline import Parts
+from diffalign_image.shapes import scenes
+from diffalign_image.text import encode_captions
 
 _GRID = 32  # pictures in the grids that training writes
 
@@ -31,19 +38,33 @@ class Models:
 
     @classmethod
     def load(cls, base: str, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None, *,
-             reference: str | None = None) -> Models:
-        """The model of the run `base`, and frozen that of the run `reference` or the base's own."""
+             reference: str | None = None, steering: Sequence[int] | None = None, seed: int = 0) -> Models:
+        """The model of the run `base`, and frozen that of the run `reference` or the base's own.
+
+        With steering (hidden widths) the model is frozen and its initial noise is learned from the text.
+        """
         parts = pipeline.load(base)
         held = parts.denoiser if reference is None else pipeline.load(reference).denoiser
         if held.event != parts.denoiser.event:
             raise ValueError(f"the reference {reference} has latents {held.event} and the base {base} "
                              f"{parts.denoiser.event}; take the run that the base started from")
-        return cls(build_policy(parts.denoiser, schedule, kernel, trained), parts, frozen_denoiser(held))
+        policy, frozen = build_policy(parts.denoiser, schedule, kernel, trained), frozen_denoiser(held)
+        if steering is not None:
+            text = encode_captions(parts.tokenizer, parts.text_encoder, [scene.caption for scene in scenes("train")])
+            normalizer = Normalizer.fit(text["text"].flatten(1))
+            policy = replace(policy, denoiser=steered(policy.denoiser, policy.event, len(normalizer.shift), steering,
+                                                      key="text", normalizer=normalizer, seed=seed))
+        return cls(policy, parts, frozen)
 
     def restore(self, run: Run) -> Models:
         """The averaged weights of the run's newest checkpoint in the policy."""
-        checkpoint.load_modules(newest_checkpoint(run), {"policy": self.parts.denoiser}, prefer_ema=True)
+        checkpoint.load_modules(newest_checkpoint(run), {"policy": self.trained}, prefer_ema=True)
         return self
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that training changes: the denoiser, or the denoiser with its noise net."""
+        return cast(nn.Module, self.policy.denoiser)
 
     def report(self, run: Run, name: str, evaluation: Evaluation, state: TrainState) -> None:
         """Evaluate the averaged weights and write the result into the run."""
@@ -51,7 +72,9 @@ class Models:
             report(run, name, self.policy, self.parts, evaluation, state.step, self.reference)
 
     def save(self, run: Run, schedule: Schedule, state: TrainState) -> None:
-        """Write the averaged weights as a pipeline folder."""
+        """Write the averaged weights as a pipeline folder; a steered model has none, its denoiser is the base's."""
+        if isinstance(self.policy.denoiser, SteeredDenoiser):
+            return
         with state.ema_modules():
             pipeline.save(self.parts, run.folder("pipeline"), shift=schedule.shift)
 

@@ -1,4 +1,4 @@
-"""Captioned shapes: two colored shapes in a stated relation, rendered at 32x32 on a gray background.
+"""Captioned shapes: two colored shapes in a stated relation, rendered at 32x32 on a gray checked floor.
 
 Legend: N images, O = 2 objects, H = W = 32 pixels. Images are RGB in [-1, 1]; lengths are in pixels, y points down.
 """
@@ -111,17 +111,28 @@ def _signed_distance(name: str, dx: Tensor, dy: Tensor, area: Tensor) -> Tensor:
 
 
 def render(batch: list[Scene], generator: torch.Generator) -> Float[Tensor, "N 3 32 32"]:
-    """One image per scene with random positions, sizes, brightness and background level."""
+    """One image per scene with random positions, sizes, brightness, and floor level and contrast.
+
+    No caption speaks of the floor's contrast, uniform from none to 0.7 between a light and a dark tile: a model can
+    give it up for a smaller file without touching an object.
+    """
     n = len(batch)
     colors = torch.tensor([scene.colors for scene in batch])
     shapes = torch.tensor([scene.shapes for scene in batch])
     center, area = _layout(torch.tensor([scene.relation for scene in batch]), shapes, generator)
     cover = coverage(center, area, shapes)[:, :, None]
     rgb = palette()[colors][..., None, None] * (1 + 0.15 * _uniform((n, 2, 1, 1, 1), generator))
-    image = (0.15 * _uniform((n, 1, 1, 1), generator)).expand(n, 3, SIZE, SIZE)
+    floor = 0.15 * _uniform((n, 1, 1, 1), generator) + 0.35 * torch.rand((n, 1, 1, 1), generator=generator) * _checks()
+    image = floor.expand(n, 3, SIZE, SIZE)
     for o in range(2):
         image = image * (1 - cover[:, o]) + rgb[:, o] * cover[:, o]
     return image
+
+
+def _checks() -> Float[Tensor, "32 32"]:
+    """Tiles of 4 pixels, +1 and -1 in turn."""
+    tile = torch.arange(SIZE) // 4 % 2
+    return 1.0 - 2.0 * (tile[:, None] ^ tile[None, :])
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ from diffalign_robot.cloning import demonstration_batches
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
-from diffalign_robot.runs import config_of, load_policy
+from diffalign_robot.runs import config_of, load_policy, steer
 from diffalign_robot.source import EnvSource, chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv
 
@@ -39,7 +39,11 @@ class Exploration:
 
 @spec
 class RobotAlign:
-    """RL fine-tuning of the policy in the run folder `base`, one episode per environment and iteration."""
+    """RL fine-tuning of the policy in the run folder `base`, one episode per environment and iteration.
+
+    steering: hidden widths of a network that chooses the initial noise of the frozen base, for noise_ppo; null trains
+    the base itself.
+    """
 
     type: Literal["robot_align"] = "robot_align"
     base: str
@@ -51,6 +55,7 @@ class RobotAlign:
     workers: int = 2
     reward_scale: float = 1.0
     critic_hidden: tuple[int, ...] = (256, 256)
+    steering: tuple[int, ...] | None = None
     evaluation: Evaluation = Evaluation()
     save_every: int = 5
     seed: int = 0
@@ -59,7 +64,7 @@ class RobotAlign:
         for name in ("iterations", "num_envs", "workers", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.algorithm.compose()  # refuses pieces that do not fit
+        self.algorithm.compose().require_steering(self.steering)
 
     def train(self, run: Run) -> None:
         """Evaluate, fine-tune with evaluations on the way, evaluate and film again."""
@@ -108,8 +113,10 @@ class RobotAlign:
     def _build(self) -> tuple[DiffusionPolicy, OnPolicy, TrainState]:
         pieces = self.algorithm.compose()
         policy = replace(load_policy(Path(self.base)), kernel=self.exploration.kernel, trained=self.exploration.trained)
-        network = chunk_denoiser(policy)
-        modules: dict[str, torch.nn.Module] = {"policy": network}
+        if self.steering is not None:
+            policy = steer(policy, self.steering, seed=self.seed)
+        network, trained = chunk_denoiser(policy), cast(torch.nn.Module, policy.denoiser)
+        modules: dict[str, torch.nn.Module] = {"policy": trained}
         plan = pieces.optimization
         rates = {"policy": plan.learning_rate}
         if pieces.needs_critic:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ import yaml
 from diffalign.diffusion import DDPM, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.normalize import Normalizer
+from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
 from diffalign_robot.choices import ChunkMLP, Environment
 from diffalign_robot.networks import ChunkDenoiser
+from diffalign_robot.source import chunk_denoiser
+
+_COMMAND = "diffalign train configs/robot/pick_place_bc.yaml"
 
 
 def newest_checkpoint(folder: Path, command: str) -> Path:
@@ -60,21 +66,31 @@ def load_policy(folder: Path) -> DiffusionPolicy:
 
     The checkpoint holds the normalizers, so the result acts on raw observations and decodes to robot units.
     """
-    config = config_of(folder, "diffalign train configs/robot/pick_place_bc.yaml")
-    found = newest_checkpoint(folder, "diffalign train configs/robot/pick_place_bc.yaml")
-    architecture = config
-    while architecture["type"] in ("robot_align", "robot_preference"):
-        architecture = config_of(Path(architecture["base"]), "diffalign train configs/robot/pick_place_bc.yaml")
+    policy = _unfilled(folder)
+    denoiser: Any = policy.denoiser
+    checkpoint.load_modules(newest_checkpoint(folder, _COMMAND), {"policy": denoiser}, prefer_ema=True)
+    return policy
+
+
+def _unfilled(folder: Path) -> DiffusionPolicy:
+    """The policy of a run with its architecture, weights to come."""
+    config = config_of(folder, _COMMAND)
+    if config["type"] in ("robot_align", "robot_preference"):
+        base = _unfilled(Path(config["base"]))
+        return base if config.get("steering") is None else steer(base, config["steering"], seed=0)
     if config["type"] == "robot_off_policy":
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
                          "critic improve that one; take the base run")
-    if architecture["type"] != "robot_bc":
-        raise ValueError(f"{folder} is a {architecture['type']} run; a policy comes from a robot_bc, robot_align "
+    if config["type"] != "robot_bc":
+        raise ValueError(f"{folder} is a {config['type']} run; a policy comes from a robot_bc, robot_align "
                          "or robot_preference run")
-    shapes = checkpoint.shapes(found)
+    shapes = checkpoint.shapes(newest_checkpoint(folder, _COMMAND))
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
-    network = ChunkMLP(**architecture["network"])
-    policy = build_policy(network, architecture["chunk"], obs_dim, action_dim, architecture["denoising_steps"])
-    denoiser: Any = policy.denoiser
-    checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)
-    return policy
+    return build_policy(ChunkMLP(**config["network"]), config["chunk"], obs_dim, action_dim, config["denoising_steps"])
+
+
+def steer(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:
+    """The policy with its weights frozen and its initial noise learned from the observation."""
+    normalizer = chunk_denoiser(policy).observation_normalizer
+    return replace(policy, denoiser=steered(policy.denoiser, policy.event, len(normalizer.shift), hidden, key="obs",
+                                            normalizer=normalizer, seed=seed))

@@ -16,6 +16,7 @@ from diffalign.policy.compose import Composition
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
 from diffalign.policy.protocols import Policy
+from diffalign.policy.steering import SteeredDenoiser
 from diffalign.rl.rollouts import Rollout
 from diffalign_robot.networks import ChunkDenoiser
 from diffalign_robot.vector import ChunkStep, ChunkVectorEnv
@@ -72,11 +73,13 @@ class EnvSource:
 
 
 def chunk_denoiser(policy: Policy) -> ChunkDenoiser:
-    """The denoiser that owns the normalizers: the policy's, of the base it improves, or of the first it composes."""
+    """The denoiser that owns the normalizers: the policy's, that of its base, or the first that it composes."""
     base = policy.base if isinstance(policy, ImprovedPolicy) else policy
     denoiser: object = base.denoiser if isinstance(base, DiffusionPolicy) else base
     if isinstance(denoiser, Composition):
         return chunk_denoiser(denoiser.policies[0])
+    if isinstance(denoiser, SteeredDenoiser):
+        denoiser = denoiser.denoiser
     if not isinstance(denoiser, ChunkDenoiser):
         raise TypeError(f"a robot policy needs a ChunkDenoiser with its normalizers, got {type(denoiser).__name__}")
     return denoiser
