@@ -25,7 +25,7 @@ from diffalign_image.autoencoder import (
     freeze,
 )
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
-from diffalign_image.jobs import ImageAlign, ImagePreference, ImagePretrain
+from diffalign_image.jobs import ImageAlign, ImageBestOf, ImageCompose, ImagePreference, ImagePretrain
 from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
@@ -35,6 +35,7 @@ from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
 
+Job = ImagePretrain | ImageAlign | ImagePreference | ImageCompose | ImageBestOf
 TINY = ShapesModel(width=32, layers=2, patch=4, text_channels=32, text_layers=1)
 SMALL = AutoencoderTraining(latent_channels=2, channels=(8, 8, 8), steps=3, batch_size=4)
 EVENT = (2, 8, 8)
@@ -70,7 +71,7 @@ def alignment_job(base: Path, iterations: int, **changes: object) -> ImageAlign:
     return replace(job, **changes)
 
 
-def start(path: Path, job: ImagePretrain | ImageAlign | ImagePreference, *, resume: bool = False) -> Run:
+def start(path: Path, job: Job, *, resume: bool = False) -> Run:
     run = Run.create(path, config.dump(job), resume=resume)
     job.train(run)
     return run
@@ -318,6 +319,57 @@ def test_steering_moves_the_noise_alone_and_reports_its_kl(base: Path, tmp_path:
                              ({"algorithm": DDPO()}, "cannot use a learned initial noise")):
         with pytest.raises(ValueError, match=message):
             replace(job, **changes)
+
+
+def test_composition_searches_weights_and_evaluates_parents_alike(base: Path, tmp_path: Path) -> None:
+    moved = start(tmp_path / "moved", alignment_job(base, 2)).path
+    job = ImageCompose(parents=(str(base), str(moved)), reward=Jpeg(), schedule=Schedule(steps=3), grid=2, images=4,
+                       evaluation=QUICK)
+    path = start(tmp_path / "run", job).path
+    found = json.loads((path / "composition.json").read_text())
+    tried = {tuple(entry["candidate"]) for entry in found["search"]}
+    assert tried == {(1.0, 0.0), (0.5, 0.5), (0.0, 1.0), tuple(found["closed_form"])}
+    assert tuple(found["weights"]) in tried
+    assert found["disagreement"] > 0
+    results = {file.stem: json.loads(file.read_text()) for file in (path / "evaluations").iterdir()}
+    assert results.keys() == {"parent_0", "parent_1", "after"}
+    again = job.evaluate(Run(path), seed=QUICK.seed, episodes=None, sampler=None)
+    assert {**again, "step": 2} == results["after"]
+    record = path / "composition.json"
+    record.write_text(json.dumps({**found, "weights": [0.0, 1.0]}))  # the composition of one is that one
+    alone = job.evaluate(Run(path), seed=QUICK.seed, episodes=None, sampler=None)["rewards"]
+    for name, value in results["parent_1"]["rewards"].items():
+        assert alone[name]["mean"] == pytest.approx(value["mean"], abs=1e-4)
+    assert len(job.sample(Run(path), tmp_path, seed=0, count=2)) == 3
+    other = start(tmp_path / "other", replace(pretraining_job(), seed=5)).path
+    with pytest.raises(ValueError, match="has another autoencoder than"):
+        start(tmp_path / "refused", replace(job, parents=(str(base), str(other))))
+    with pytest.raises(ValueError, match="at least two parents"):
+        replace(job, parents=(str(base),))
+    record.unlink()
+    with pytest.raises(ValueError, match="diffalign compose"):
+        job.evaluate(Run(path), seed=0, episodes=None, sampler=None)
+
+
+def test_the_best_of_n_is_picked_from_n_draws_of_the_same_caption(base: Path, tmp_path: Path) -> None:
+    """n = 1 is the model itself; the kept reward grows with n; n = 3 by brute force over the same draws."""
+    job = ImageBestOf(base=str(base), reward=Jpeg(), candidates=(1, 3), schedule=Schedule(steps=3), evaluation=QUICK)
+    path = start(tmp_path / "run", job).path
+    one, three = (json.loads((path / "evaluations" / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert (one["kl_nats"], three["drawn"], three["images"]) == (0, 18, 6)
+    assert three["kl_nats"] == pytest.approx(1.0986123 - 2 / 3)
+    assert three["rewards"]["jpeg_kb"]["mean"] < one["rewards"]["jpeg_kb"]["mean"]
+    models = Models.load(str(base), job.schedule, CPS())
+    captions = [c for c in pick_captions(QUICK) for _ in range(6)]
+    drawn = draw(models.policy.with_sampler(ODE()), models.parts, captions, seed=QUICK.seed)
+    kept = -Jpeg()(drawn.images, captions).reshape(6, 3)
+    assert three["rewards"]["jpeg_kb"]["mean"] == pytest.approx(float(kept.amin(1).mean()))
+    assert job.evaluate(Run(path), seed=QUICK.seed, episodes=6, sampler=None) == {
+        name: value for name, value in three.items() if name != "step"}
+    assert job.sample(Run(path), tmp_path, seed=0, count=4)[0].name == "best_of_3.png"
+    for wrong in ((), (0, 2), (4, 2), (2, 2)):
+        with pytest.raises(ValueError, match="increasing numbers"):
+            replace(job, candidates=wrong)
 
 
 def preference_job(base: Path, steps: int, **changes: object) -> ImagePreference:

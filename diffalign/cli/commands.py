@@ -21,9 +21,10 @@ def train(args: argparse.Namespace) -> int:
     prepare(args.threads)
     file = Path(args.config)
     job_type, job = jobs.load_job(file, args.overrides)
-    only = {"collect": "robot_collect", "compose": "robot_compose"}.get(args.name, job_type)
-    if job_type != only:
-        raise ValueError(f"{file} is a {job_type} job; `{args.name}` runs {only} jobs. Use `diffalign train {file}`")
+    only = {"collect": ("robot_collect",), "compose": ("robot_compose", "image_compose")}.get(args.name, (job_type,))
+    if job_type not in only:
+        raise ValueError(f"{file} is a {job_type} job; `{args.name}` runs {' and '.join(only)} jobs. "
+                         f"Use `diffalign train {file}`")
     path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
     loggers = {name: mode for name, mode in (("tensorboard", args.tensorboard), ("wandb", args.wandb)) if mode}
     page = run_job(job, path, resume=args.resume, loggers=loggers)

@@ -97,18 +97,23 @@ def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler
     captions = pick_captions(spec)
     chosen = sampler_policy(policy, sampler)
     drawn = draw(chosen, parts, [c for c in captions for _ in range(spec.images_per_prompt)], seed=spec.seed)
-    rewards = {}
-    for name, values in measure(drawn.images, drawn.captions).items():
-        per_prompt = values.double().reshape(-1, spec.images_per_prompt).mean(1).tolist()
-        mean, low, high = mean_interval(per_prompt)
-        rewards[name] = {"mean": mean, "interval": [low, high]}
-    result: dict[str, Any] = {"rewards": rewards, "split": spec.split, "prompts": spec.prompts,
-                              "images": len(drawn.captions), "seed": spec.seed, "sampler": describe(chosen)}
+    result = {**summary(drawn, spec), "sampler": describe(chosen)}
     if reference is not None and (policy.kernel.stochastic or isinstance(policy.denoiser, Steers)):
         some = [captions[i % len(captions)] for i in range(spec.kl_images)]
         mean, low, high = mean_interval(path_kl(policy, reference, parts, some, seed=spec.seed).tolist())
         result |= {"kl_nats": mean, "kl_interval": [low, high], "kl_sampler": describe(policy)}
     return result
+
+
+def summary(drawn: Drawn, spec: Evaluation) -> dict[str, Any]:
+    """Rewards by name with 95 % intervals over prompt means, and what was evaluated."""
+    rewards = {}
+    for name, values in measure(drawn.images, drawn.captions).items():
+        per_prompt = values.double().reshape(-1, spec.images_per_prompt).mean(1).tolist()
+        mean, low, high = mean_interval(per_prompt)
+        rewards[name] = {"mean": mean, "interval": [low, high]}
+    return {"rewards": rewards, "split": spec.split, "prompts": spec.prompts, "images": len(drawn.captions),
+            "seed": spec.seed}
 
 
 @torch.no_grad()

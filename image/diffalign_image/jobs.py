@@ -1,7 +1,9 @@
 """The image jobs that a YAML's top-level `type` can name."""
 
 from diffalign_image.alignment import ImageAlign
+from diffalign_image.best_of import ImageBestOf
+from diffalign_image.composition import ImageCompose
 from diffalign_image.preference import ImagePreference
 from diffalign_image.pretraining import ImagePretrain
 
-JOBS = (ImagePretrain, ImageAlign, ImagePreference)
+JOBS = (ImagePretrain, ImageAlign, ImagePreference, ImageCompose, ImageBestOf)

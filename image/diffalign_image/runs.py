@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -115,13 +115,17 @@ def newest_checkpoint(run: Run) -> Path:
 def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, step: int,
            reference: Denoiser | None = None) -> None:
     """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
-    result = evaluate(policy, parts, evaluation, reference=reference)
+    record(run, name, evaluate(policy, parts, evaluation, reference=reference), step)
+    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID)
+
+
+def record(run: Run, name: str, result: Mapping[str, Any], step: int) -> None:
+    """evaluations/<name>.json and a line of metrics."""
     run.write_json(f"evaluations/{name}.json", {**result, "step": step})
-    metrics = {f"{evaluation.split}/{reward}": values["mean"] for reward, values in result["rewards"].items()}
+    metrics = {f"{result['split']}/{reward}": values["mean"] for reward, values in result["rewards"].items()}
     if "kl_nats" in result:
         metrics["kl_nats"] = result["kl_nats"]
     run.log(step, metrics, phase="eval")
-    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID)
 
 
 def grid(policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, folder: Path, name: str, seed: int,

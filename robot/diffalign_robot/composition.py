@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 
 from diffalign.diffusion import DDPM
-from diffalign.policy.compose import best_pair_weights, compose, disagreement, noise_predictions
+from diffalign.policy.compose import compose, noise_predictions
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.run import Run
-from diffalign.train.search import successive_halving
+from diffalign.train.search import search_weights
 from diffalign_robot.choices import Environment
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
@@ -102,8 +102,6 @@ class RobotCompose:
         some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
         chunk = chunk_denoiser(policies[0]).action_normalizer.normalize(action[some])
         predictions, eps = noise_predictions(policies, chunk, {"obs": obs[some]}, count=8, generator=generator)
-        closed = best_pair_weights(predictions, eps) if len(policies) == 2 else None
-        candidates = self._candidates(generator) + ([closed] if closed else [])
         rounds = 0
 
         def play(weights: tuple[float, ...], episodes: int) -> float:
@@ -115,15 +113,8 @@ class RobotCompose:
                              **{f"weight/{i}": w for i, w in enumerate(weights)}})
             return float(result["success_rate"])
 
-        winner, history = successive_halving(candidates, play, episodes=self.episodes)
-        return {"weights": list(winner), "closed_form": list(closed) if closed else None, "search": history,
-                "disagreement": disagreement(predictions, eps), "parents": list(self.parents)}
-
-    def _candidates(self, generator: torch.Generator) -> list[tuple[float, ...]]:
-        if len(self.parents) == 2:
-            return [(1 - i / self.grid, i / self.grid) for i in range(self.grid + 1)]
-        raw = -torch.rand(self.grid + 1, len(self.parents), generator=generator).clamp(min=1e-6).log()  # Dirichlet(1)
-        return [tuple(row) for row in (raw / raw.sum(1, keepdim=True)).tolist()]
+        found = search_weights(predictions, eps, play, grid=self.grid, episodes=self.episodes, generator=generator)
+        return {**found, "parents": list(self.parents)}
 
     def _trained(self, run: Run) -> DiffusionPolicy:
         file = run.path / "composition.json"

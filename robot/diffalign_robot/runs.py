@@ -66,9 +66,11 @@ def load_policy(folder: Path) -> DiffusionPolicy:
 
     The checkpoint holds the normalizers, so the result acts on raw observations and decodes to robot units.
     """
+    config_of(folder, _COMMAND)
+    found = newest_checkpoint(folder, _COMMAND)
     policy = _unfilled(folder)
     denoiser: Any = policy.denoiser
-    checkpoint.load_modules(newest_checkpoint(folder, _COMMAND), {"policy": denoiser}, prefer_ema=True)
+    checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)
     return policy
 
 
