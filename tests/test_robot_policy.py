@@ -47,6 +47,17 @@ def test_collected_actions_reproduce_the_observations():
     assert data.success.all()
 
 
+def test_a_bias_is_added_to_every_action_and_recorded():
+    spec = Gymnasium(id=SLOW)
+    plain, biased = (next(iter(collect(spec, lambda: lambda obs: 0 * obs, seeds=[3], action_noise=0.0, noise_seed=0,
+                                       action_bias=bias))) for bias in ((), (0.25, -0.5)))
+    assert np.array_equal(plain[1], np.zeros_like(plain[1]))
+    assert np.array_equal(biased[1], np.broadcast_to(np.array([0.25, -0.5], np.float32), biased[1].shape))
+    np.testing.assert_allclose(biased[0][1] - biased[0][0], [0.0625, -0.125], atol=1e-6)
+    with pytest.raises(ValueError, match=r"action_bias needs 2 numbers, one per action feature, or none, got \[0.1\]"):
+        next(iter(collect(spec, toy_expert, seeds=[0], action_noise=0.0, noise_seed=0, action_bias=(0.1,))))
+
+
 def test_windows_never_cross_an_episode_and_none_is_padded():
     lengths = torch.tensor([5, 2, 4])
     obs = torch.arange(11.0)[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import time
 
 import pytest
 import torch
@@ -44,6 +45,26 @@ def test_metrics_lines_listener_and_writers(tmp_path):
                                                    {"phase": "eval", "step": 1, "success_rate": 1.0}]
     assert heard == [(1, {"loss": 0.5}, "train", 9), (1, {"success_rate": 1.0}, "eval", 9)]
     assert written[1] == (1, {"success_rate": 1.0}, "eval")
+
+
+def test_evaluations_are_stamped_with_the_cpu_seconds_of_all_sessions(tmp_path):
+    """A session goes on from the last whole stamp; what it spends is measured against the process's own clock."""
+    run = Run.create(tmp_path / "run", CONFIG, resume=False)
+    run.log(1, {"loss": 0.5})
+    assert not (run.path / "costs.jsonl").exists()
+    file, start = run.path / "costs.jsonl", time.process_time()
+    while time.process_time() - start < 0.5:
+        pass
+    run.log(1, {"success_rate": 1.0}, phase="eval")
+    first = json.loads(file.read_text())
+    assert first["step"] == 1
+    assert 0.4 <= first["cpu_s"] <= 0.6 + time.process_time() - start
+    file.write_text(json.dumps({"step": 1, "cpu_s": 100.0}) + '\n{"step": 2, "cp')
+    again = Run.create(run.path, CONFIG, resume=True)
+    again.log(3, {"success_rate": 1.0}, phase="eval")
+    stamps = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [stamp["step"] for stamp in stamps] == [1, 3]
+    assert 100 <= stamps[-1]["cpu_s"] < 100.4
 
 
 def test_resume_needs_the_same_config(tmp_path):

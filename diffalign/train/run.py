@@ -40,6 +40,7 @@ class Run:
         self.total: int | None = None
         self.listener = listener
         self.writers = writers
+        self._spent = _last_cost(path / "costs.jsonl") - _cpu_seconds()  # by earlier sessions, before this clock
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, *, resume: bool, listener: Listener | None = None,
@@ -59,6 +60,7 @@ class Run:
         elif path.exists() and any(entry.name not in _FIRST for entry in path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run; choose another --run")
         path.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path / "costs.jsonl")
         run = cls(path, listener=listener, writers=writers)
         if not config.exists():
             _replace(config, config_yaml)
@@ -73,14 +75,22 @@ class Run:
         return folder
 
     def log(self, step: int, metrics: Mapping[str, float], phase: str = "train") -> None:
-        """Append one line to metrics.jsonl and tell the listener and the writers."""
-        line = json.dumps({"phase": phase, "step": step, **{k: float(v) for k, v in metrics.items()}})
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
+        """Append one line to metrics.jsonl and tell the listener and the writers.
+
+        Evaluations are also stamped in costs.jsonl with the CPU seconds that the run has used, those of killed sessions
+        included; worker processes count once they have ended. metrics.jsonl itself has no clock.
+        """
+        self._append("metrics.jsonl", {"phase": phase, "step": step, **{k: float(v) for k, v in metrics.items()}})
+        if phase == "eval":
+            self._append("costs.jsonl", {"step": step, "cpu_s": round(self._spent + _cpu_seconds(), 1)})
         for writer in self.writers:
             writer(step, metrics, phase)
         if self.listener is not None:
             self.listener(step, metrics, phase, self.total)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def save(self, state: TrainState, *, keep: int = 2) -> Path:
         """Write a checkpoint of the state."""
@@ -130,6 +140,24 @@ def environment() -> dict[str, Any]:
     return {"python": sys.version.split()[0], "platform": platform.platform(), "packages": packages,
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(), "accelerators": devices}
+
+
+def _cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Cut what a kill left after the last line end."""
+    text = file.read_text() if file.is_file() else ""
+    if text and not text.endswith("\n"):
+        _replace(file, text[: text.rfind("\n") + 1])
+
+
+def _last_cost(file: Path) -> float:
+    """CPU seconds at the last stamp."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return float(json.loads(lines[-1])["cpu_s"]) if lines else 0.0
 
 
 def _replace(target: Path, text: str) -> None:

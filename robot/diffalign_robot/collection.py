@@ -18,7 +18,8 @@ from diffalign_robot.runs import load_policy, packages
 class RobotCollect:
     """Episodes by a scripted expert with noise, or by a trained policy: demonstrations.safetensors in the run folder.
 
-    policy: the run folder of a policy to act instead of the expert (then action_noise is usually 0).
+    policy: the run folder of a policy to act instead of the expert (then action_noise is usually 0). action_bias is
+    added to every action, one number per action feature: a controller that is out of calibration.
     """
 
     type: Literal["robot_collect"] = "robot_collect"
@@ -26,6 +27,7 @@ class RobotCollect:
     policy: str | None = None
     episodes: int = 50
     action_noise: float = 0.3
+    action_bias: tuple[float, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class RobotCollect:
         else:
             actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
         for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
-                                            noise_seed=self.seed):
+                                            noise_seed=self.seed, action_bias=self.action_bias):
             episodes.append((obs, action, success))
             run.log(len(episodes), {"success": float(success), "length": float(len(obs))})
         won = sum(success for _, _, success in episodes)

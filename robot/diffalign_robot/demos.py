@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,17 @@ def scripted_expert(spec: Environment) -> Callable[[], Expert]:
 
 
 def collect(spec: Environment, expert: Callable[[], Expert], *, seeds: list[int], action_noise: float,
-            noise_seed: int) -> Iterator[tuple[Array, Array, bool]]:
-    """One episode (obs [T, Do], action [T, Da], success) per seed, with Gaussian noise on every expert action."""
+            noise_seed: int, action_bias: Sequence[float] = ()) -> Iterator[tuple[Array, Array, bool]]:
+    """One episode (obs [T, Do], action [T, Da], success) per seed, with Gaussian noise and a bias on every action.
+
+    Raises: ValueError if the bias has not one number per action feature.
+    """
     rng = np.random.default_rng(noise_seed)
     simulator = make(spec)
+    if len(action_bias) not in (0, simulator.action_dim):
+        raise ValueError(f"action_bias needs {simulator.action_dim} numbers, one per action feature, or none, got "
+                         f"{list(action_bias)}")
+    bias = np.array(action_bias or [0.0] * simulator.action_dim, np.float32)
     for seed in seeds:
         act = expert()
         simulator.reset(seed)
@@ -111,7 +118,7 @@ def collect(spec: Environment, expert: Callable[[], Expert], *, seeds: list[int]
         while True:
             obs = simulator.observe()
             noise = action_noise * rng.standard_normal(simulator.action_dim).astype(np.float32)
-            action = np.clip(act(obs) + noise, simulator.action_low, simulator.action_high).astype(np.float32)
+            action = np.clip(act(obs) + bias + noise, simulator.action_low, simulator.action_high).astype(np.float32)
             step = simulator.advance(action)
             observations.append(obs)
             actions.append(action)

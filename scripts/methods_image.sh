@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every method on the captioned shapes from one pre-trained model a seed, then the table and the figure of docs/methods.md.
+#   bash scripts/methods_image.sh 0 1 2          (about 110 CPU minutes a seed; OUT=folder, METHODS="awm nft" to choose)
+# What was interrupted goes on, what is finished is kept. One seed in each of several shells uses as many cores.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-runs/methods-image}
+methods=${METHODS:-ddpo flow_grpo guard awm nft orw seppo dpo noise_ppo best_of}
+export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
+
+run() {  # NAME CONFIG OVERRIDES...: train in $out/NAME-$seed unless it is finished
+  local folder=$out/$1-$seed config=configs/image/$2.yaml resume=
+  shift 2
+  if [ -f "$folder/finished.json" ]; then return; fi
+  if [ -f "$folder/config.yaml" ]; then resume=--resume; fi
+  diffalign train "$config" "$@" --run "$folder" $resume
+}
+
+for seed in "$@"; do
+  run pretrain shapes_pretrain "seed=$seed"
+  for method in $methods; do
+    case $method in
+      best_of) run best_of shapes_best_of "base=$out/pretrain-$seed" ;;
+      *) run "$method" "shapes_$method" "base=$out/pretrain-$seed" "seed=$seed" ;;
+    esac
+  done
+done
+python scripts/methods_figure.py "$out" --png docs/methods_image.png
