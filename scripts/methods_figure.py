@@ -3,8 +3,7 @@
     python scripts/methods_figure.py runs/methods-robot --png docs/methods_robot.png
 
 Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), and the curve of
-the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds, with a t interval from two
-seeds on.
+the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds with a t interval.
 """
 
 from __future__ import annotations
@@ -84,8 +83,8 @@ def robot_table(found: dict[str, list[Curve]]) -> list[str]:
         won = sum(round(f["success_rate"] * f["episodes"]) for f in fresh)
         low, high = wilson(won, played)
         each = ", ".join(f"{f['success_rate']:.2f}" for f in fresh)
-        rows.append(f"| {method} | {len(fresh)} | {won / played:.3f} [{low:.3f}, {high:.3f}] ({each}) | {last(curves, 'samples') / 1000:.0f}k "
-                    f"| {last(curves, 'cpu_s'):.0f} |")
+        rows.append(f"| {method} | {len(fresh)} | {won / played:.3f} [{low:.3f}, {high:.3f}] ({each}) "
+                    f"| {last(curves, 'samples') / 1000:.0f}k | {last(curves, 'cpu_s'):.0f} |")
     return rows
 
 

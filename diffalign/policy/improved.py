@@ -14,9 +14,8 @@ from torch import Tensor
 
 from diffalign.diffusion.trajectories import Cond, settled
 from diffalign.policy.actors import BoundedActor
-from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.operators import Operator
-from diffalign.policy.protocols import Decision
+from diffalign.policy.protocols import BasePolicy, Decision
 
 Mode = Literal["explore", "exploit", "base"]
 
@@ -35,7 +34,7 @@ class ImprovedPolicy:
     mode: `explore` samples the actor, `exploit` takes its mean, `base` is the untouched base (warm-up).
     """
 
-    base: DiffusionPolicy
+    base: BasePolicy
     operator: Operator
     actor: BoundedActor | None
     critic: ActionCritic

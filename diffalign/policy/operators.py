@@ -23,7 +23,7 @@ from diffalign.diffusion.kernels import ODE
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.actors import BoundedActor
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import num_rows, repeat_rows
+from diffalign.policy.protocols import BasePolicy, num_rows, repeat_rows
 from diffalign.spec import spec
 
 
@@ -56,15 +56,15 @@ class Operator(Protocol):
     def scores_actions(self) -> bool: ...
     @property
     def distills(self) -> bool: ...
-    def ask(self, base: DiffusionPolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+    def ask(self, base: BasePolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """What the base says at a state, to be remembered with the decision; every leaf [N, ...]."""
         ...
 
-    def fallback(self, base: DiffusionPolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
+    def fallback(self, base: BasePolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
         """The base's own behaviour as one candidate (m = 1), for warm-up."""
         ...
 
-    def candidates(self, base: DiffusionPolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
+    def candidates(self, base: BasePolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
                    generator: torch.Generator | None) -> Candidates:
         """What may be done; without a generator with the actor's mean."""
         ...
@@ -73,7 +73,7 @@ class Operator(Protocol):
         """The candidates through which the actor is trained, with gradient."""
         ...
 
-    def execute(self, base: DiffusionPolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
+    def execute(self, base: BasePolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
         """The action of a chosen candidate."""
         ...
 
@@ -110,15 +110,15 @@ class OnNoise:
         """Whether a noise critic is learned from the action critic."""
         return self.scores_actions
 
-    def ask(self, base: DiffusionPolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+    def ask(self, base: BasePolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Nothing: the base is a function of w."""
         return {}
 
-    def fallback(self, base: DiffusionPolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
+    def fallback(self, base: BasePolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
         """w from N(0, I), clipped to the box."""
         return _single(self._seen(base, cond, self.prior(base, cond, generator)))
 
-    def candidates(self, base: DiffusionPolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
+    def candidates(self, base: BasePolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
                    generator: torch.Generator | None) -> Candidates:
         """One: the actor's noise, or the action that it denoises to."""
         w, log_prob = self._draw(_need(actor), cond, generator)
@@ -128,17 +128,20 @@ class OnNoise:
         """The actor's noise."""
         return _single(*self._draw(actor, cond, generator))
 
-    def execute(self, base: DiffusionPolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
+    def execute(self, base: BasePolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
         """The end of the ODE from the chosen noise."""
         return chosen if self.scores_actions else self.denoise(base, cond, chosen)
 
-    def prior(self, base: DiffusionPolicy, cond: Cond, generator: torch.Generator) -> Float[Tensor, "N *E"]:
+    def prior(self, base: BasePolicy, cond: Cond, generator: torch.Generator) -> Float[Tensor, "N *E"]:
         """A draw of N(0, I) clipped to the box."""
         device = next(iter(cond.values())).device
         return standard_normal(num_rows(cond), base.event, device).sample(generator).clamp(-self.box, self.box)
 
-    def denoise(self, base: DiffusionPolicy, cond: Cond, w: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
+    def denoise(self, base: BasePolicy, cond: Cond, w: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
         """The base's deterministic chain from w; no gradient flows through it."""
+        if not isinstance(base, DiffusionPolicy):
+            raise ValueError(f"only a denoising chain can be steered by its noise, got a {type(base).__name__}; use "
+                             "residual, expo or rerank, or decide once a chunk")
         unused = torch.Generator(w.device)
         schedule = base.schedule if self.steps is None else replace(base.schedule, steps=self.steps)
         return base.with_sampler(ODE(), schedule).act(cond, generator=unused, noise=w.detach()).action
@@ -147,7 +150,7 @@ class OnNoise:
         u, log_prob = actor(cond, None, generator=generator)
         return self.box * u, log_prob
 
-    def _seen(self, base: DiffusionPolicy, cond: Cond, w: Tensor) -> Tensor:
+    def _seen(self, base: BasePolicy, cond: Cond, w: Tensor) -> Tensor:
         return self.denoise(base, cond, w) if self.scores_actions else w
 
 
@@ -184,16 +187,16 @@ class OnActions:
         """Whether there are corrections."""
         return self.scale is not None
 
-    def ask(self, base: DiffusionPolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+    def ask(self, base: BasePolicy, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """base [N, n, *E]: the base's actions here."""
         action = base.act(repeat_rows(cond, self.samples), generator=generator).action
         return {"base": action.reshape(-1, self.samples, *action.shape[1:])}
 
-    def fallback(self, base: DiffusionPolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
+    def fallback(self, base: BasePolicy, cond: Cond, signals: Cond, *, generator: torch.Generator) -> Candidates:
         """The first base sample."""
         return _single(signals["base"][:, 0])
 
-    def candidates(self, base: DiffusionPolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
+    def candidates(self, base: BasePolicy, actor: BoundedActor | None, cond: Cond, signals: Cond, *,
                    generator: torch.Generator | None) -> Candidates:
         """The base samples where they are kept, then their corrections."""
         samples = signals["base"]
@@ -209,7 +212,7 @@ class OnActions:
         """The corrections of all base samples."""
         return self._corrected(actor, cond, signals["base"], generator)
 
-    def execute(self, base: DiffusionPolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
+    def execute(self, base: BasePolicy, cond: Cond, chosen: Float[Tensor, "N *E"]) -> Float[Tensor, "N *E"]:
         """The candidate itself."""
         return chosen
 

@@ -55,6 +55,14 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class BasePolicy(Policy, Protocol):
+    """A frozen policy that an improvement operator changes: a denoising chain, or one whose chunks are queued."""
+
+    @property
+    def event(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
 class ValueCritic(Protocol):
     """State value V(cond), one number per row."""
 

@@ -16,11 +16,10 @@ from torch.func import functional_call
 
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.actors import BoundedActor
-from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ActionCritic, ImprovedPolicy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.operators import Candidates, OnNoise
-from diffalign.policy.protocols import Policy, repeat_rows
+from diffalign.policy.protocols import BasePolicy, Policy, repeat_rows
 from diffalign.rl.ensembles import QEnsemble, expectile_loss, follow, pessimistic
 from diffalign.rl.replay import Replay, Transitions, mixed, transitions
 from diffalign.rl.rollouts import Rollout
@@ -46,7 +45,7 @@ class Temperature(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial)))
 
 
-def build_modules(pieces: OffPolicy, base: DiffusionPolicy, normalizer: Normalizer, *, seed: int, key: str = "obs"
+def build_modules(pieces: OffPolicy, base: BasePolicy, normalizer: Normalizer, *, seed: int, key: str = "obs"
                   ) -> dict[str, nn.Module]:
     """By role: critic, critic_target; actor, temperature, noise_critic, value where the pieces use them."""
     operator, plan, features = pieces.operator, pieces.learning, len(normalizer.shift)
@@ -78,7 +77,7 @@ def build_state(pieces: OffPolicy, modules: Mapping[str, nn.Module], *, seed: in
     return TrainState.create(modules, rates, seed=seed)
 
 
-def improved_policy(pieces: OffPolicy, base: DiffusionPolicy, modules: Mapping[str, nn.Module]) -> ImprovedPolicy:
+def improved_policy(pieces: OffPolicy, base: BasePolicy, modules: Mapping[str, nn.Module]) -> ImprovedPolicy:
     """The base under the pieces' operator with these modules."""
     actor = cast(BoundedActor, modules["actor"]) if "actor" in modules else None
     return ImprovedPolicy(base, pieces.operator, actor, cast(ActionCritic, modules["critic"]))

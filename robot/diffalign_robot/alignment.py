@@ -26,7 +26,7 @@ from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import config_of, load_policy, steer
 from diffalign_robot.source import EnvSource, chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
+from diffalign_robot.vector import VectorEnv
 
 
 @spec
@@ -89,7 +89,7 @@ class RobotAlign:
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
 
-    def _evaluate_if_due(self, run: Run, policy: DiffusionPolicy, env: ChunkVectorEnv, state: TrainState) -> None:
+    def _evaluate_if_due(self, run: Run, policy: DiffusionPolicy, env: VectorEnv, state: TrainState) -> None:
         last = state.step == self.iterations
         if last or state.step % self.evaluation.every == 0:
             with state.ema_modules():

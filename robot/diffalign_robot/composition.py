@@ -20,7 +20,7 @@ from diffalign_robot.evaluate import Sampler, evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
 from diffalign_robot.source import chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
+from diffalign_robot.vector import VectorEnv
 
 _SEARCH_SEED = 7_000  # episode seeds of the search, apart from those of evaluations
 
@@ -96,7 +96,7 @@ class RobotCompose:
                                  "the same space; clone the second with normalizers_of: the first")
         return policies
 
-    def _search(self, run: Run, policies: list[DiffusionPolicy], env: ChunkVectorEnv) -> dict[str, Any]:
+    def _search(self, run: Run, policies: list[DiffusionPolicy], env: VectorEnv) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
         obs, action = Demonstrations.load(Path(self.data)).windows(policies[0].event[0])
         some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)

@@ -18,24 +18,32 @@ from diffalign.policy.improved import ImprovedPolicy
 from diffalign.train.statistics import mean_interval, wilson
 from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array
+from diffalign_robot.queued import QueuedBase, for_policy
 from diffalign_robot.source import chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
+from diffalign_robot.vector import ChunkVectorEnv, VectorEnv
 
 Sampler = Literal["stochastic", "zero_noise", "ode"]
-RobotPolicy = DiffusionPolicy | ImprovedPolicy
+RobotPolicy = DiffusionPolicy | ImprovedPolicy | QueuedBase
 
 
 @overload
 def evaluation_policy(policy: DiffusionPolicy, sampler: Sampler) -> DiffusionPolicy: ...
 @overload
 def evaluation_policy(policy: ImprovedPolicy, sampler: Sampler) -> ImprovedPolicy: ...
+@overload
+def evaluation_policy(policy: QueuedBase, sampler: Sampler) -> QueuedBase: ...
 def evaluation_policy(policy: RobotPolicy, sampler: Sampler) -> RobotPolicy:
     """The policy as it is evaluated: without exploration floors, stochastic, from zero noise, or by the ODE.
 
-    An improved policy takes its actor's mean, and its base is sampled in that way.
+    An improved policy takes its actor's mean, and its base is sampled in that way. (The policy that fills a queue is
+    the environment's: build the QueuedEnv from the result.)
     """
     if isinstance(policy, ImprovedPolicy):
-        return replace(policy.with_mode("exploit"), base=evaluation_policy(policy.base, sampler))
+        base = policy.base
+        assert isinstance(base, DiffusionPolicy | QueuedBase)
+        return replace(policy.with_mode("exploit"), base=evaluation_policy(base, sampler))
+    if isinstance(policy, QueuedBase):
+        return QueuedBase(evaluation_policy(policy.chunks, sampler))
     if sampler == "stochastic":
         return policy.with_sampler(_without_floor(policy.kernel))
     return policy.with_sampler(ODE(), zero_noise=sampler == "zero_noise")
@@ -52,7 +60,7 @@ def seeds_for(seed: int, episodes: int) -> list[int]:
     return [2**31 + 1_000_000 * seed + i for i in range(episodes)]
 
 
-def evaluate(policy: RobotPolicy, env: ChunkVectorEnv, *, seed: int, episodes: int, sampler: Sampler
+def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, sampler: Sampler
              ) -> dict[str, Any]:
     """success_rate with its Wilson interval and the mean return with its t interval, over episodes by seed.
 
@@ -91,7 +99,10 @@ def describe(policy: RobotPolicy, sampler: Sampler) -> str:
     """For example "ddpm (10 steps, stochastic)"; for an improved policy its base, and "improved on actions"."""
     if isinstance(policy, ImprovedPolicy):
         operator: Any = policy.operator
-        return f"{describe(policy.base, sampler)}, improved on {operator.type}"
+        base: Any = policy.base
+        return f"{describe(base, sampler)}, improved on {operator.type}"
+    if isinstance(policy, QueuedBase):
+        return f"{describe(policy.chunks, sampler)}, queued"
     kernel: Any = policy.kernel
     return f"{kernel.type} ({policy.schedule.steps} steps, {sampler.replace('_', ' ')})"
 
@@ -126,7 +137,7 @@ def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, coun
     acting = evaluation_policy(policy, sampler)
     unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
     generator = torch.Generator().manual_seed(seed)
-    env = ChunkVectorEnv(spec, 1)
+    env = for_policy(ChunkVectorEnv(spec, 1), acting)
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = imageio.get_writer(out, fps=40, macro_block_size=8, codec="libx264")
     with writer as film:

@@ -8,10 +8,11 @@ from typing import Any
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign_robot.choices import Environment, MetaWorld
-from diffalign_robot.evaluate import RobotPolicy, Sampler, evaluate, record
+from diffalign_robot.evaluate import RobotPolicy, Sampler, evaluate, evaluation_policy, record
+from diffalign_robot.queued import for_policy
 from diffalign_robot.runs import require_same_shapes
 from diffalign_robot.source import chunk_denoiser
-from diffalign_robot.vector import ChunkVectorEnv
+from diffalign_robot.vector import ChunkVectorEnv, VectorEnv
 
 
 @spec
@@ -32,25 +33,29 @@ class Evaluation:
                              f"got {self.episodes}, {self.every}, {self.videos}")
 
 
-def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, workers: int) -> ChunkVectorEnv:
-    """The environment for a policy. Raises: ValueError if the policy was trained for another one."""
+def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, workers: int) -> VectorEnv:
+    """The environment for a policy, with its queue if it has one.
+
+    Raises: ValueError if the policy was trained for another one.
+    """
     env, network = ChunkVectorEnv(environment, num_envs, workers=workers), chunk_denoiser(policy)
     require_same_shapes((env.obs_dim, env.action_dim),
                         (len(network.observation_normalizer.shift), network.event[1]), environment)
-    return env
+    return for_policy(env, policy)
 
 
 def evaluate_run(policy: RobotPolicy, environment: Environment, plan: Evaluation, *, num_envs: int, workers: int,
                  seed: int, episodes: int | None, sampler: Sampler | None) -> dict[str, Any]:
     """Success rate of a finished run's policy; None takes the plan's own."""
-    env = ChunkVectorEnv(environment, num_envs, workers=workers)
+    sampler = sampler or plan.sampler
+    env = open_env(environment, evaluation_policy(policy, sampler), num_envs, workers)
     try:
-        return evaluate(policy, env, seed=seed, episodes=episodes or plan.episodes, sampler=sampler or plan.sampler)
+        return evaluate(policy, env, seed=seed, episodes=episodes or plan.episodes, sampler=sampler)
     finally:
         env.close()
 
 
-def evaluate_and_log(run: Run, policy: RobotPolicy, env: ChunkVectorEnv, plan: Evaluation, *, seed: int, step: int,
+def evaluate_and_log(run: Run, policy: RobotPolicy, env: VectorEnv, plan: Evaluation, *, seed: int, step: int,
                      name: str) -> dict[str, Any]:
     """Evaluate, append an eval line to the log and write evaluations/<name>.json."""
     result = evaluate(policy, env, seed=seed, episodes=plan.episodes, sampler=plan.sampler)

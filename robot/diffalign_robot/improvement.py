@@ -10,6 +10,7 @@ import torch
 from diffalign.algorithms import OffPolicyAlgorithm
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
+from diffalign.policy.operators import OnActions
 from diffalign.rl.replay import Replay
 from diffalign.spec import spec
 from diffalign.train import checkpoint, off_policy
@@ -20,6 +21,7 @@ from diffalign_robot.choices import Environment
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler, evaluation_policy
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
+from diffalign_robot.queued import QueuedBase, queued_demonstrations
 from diffalign_robot.replay import demonstration_rows
 from diffalign_robot.runs import load_policy, newest_checkpoint
 from diffalign_robot.source import EnvSource, chunk_denoiser
@@ -31,6 +33,7 @@ class RobotOffPolicy:
 
     demonstrations: run folders whose demonstrations fill the algorithm's demonstration_fraction of every batch.
     online false trains on them alone, without a simulator step. sampler: how the base acts, `stochastic` or `ode`.
+    per_step decides once a control step beside the base's queued chunk (ResFiT) instead of once a chunk.
     """
 
     type: Literal["robot_off_policy"] = "robot_off_policy"
@@ -40,6 +43,7 @@ class RobotOffPolicy:
     demonstrations: tuple[str, ...] = ()
     online: bool = True
     sampler: Literal["stochastic", "ode"] = "stochastic"
+    per_step: bool = False
     iterations: int = 60
     num_envs: int = 10
     workers: int = 1
@@ -60,6 +64,14 @@ class RobotOffPolicy:
             raise ValueError("dsrl's sac variant learns the value of initial noise, which demonstrations do not have; "
                              "use variant: na or leave demonstrations out")
 
+        single = isinstance(pieces.operator, OnActions) and pieces.operator.samples == 1
+        if self.per_step and not single:
+            raise ValueError(f"per_step corrects the one action that the base has queued, which {self.algorithm.type} "
+                             "does not; use residual, or per_step: false")
+        if self.per_step and self.sampler != self.evaluation.sampler:
+            raise ValueError(f"per_step queues are filled alike in training and evaluation: set evaluation.sampler to "
+                             f"{self.sampler}, got {self.evaluation.sampler}")
+
     def train(self, run: Run) -> None:
         """Evaluate, improve with evaluations on the way, evaluate and film again."""
         pieces, policy, state = self._build()
@@ -68,8 +80,9 @@ class RobotOffPolicy:
         run.total = self.iterations
         env = open_env(self.environment, policy, self.num_envs, self.workers)
         if not resumed:
-            evaluate_and_log(run, policy.base, env, self.evaluation, seed=self.seed, step=0, name="before")
-            film(run, policy.base, self.environment, self.evaluation, seed=self.seed, name="before")
+            base = self._base()
+            evaluate_and_log(run, base, env, self.evaluation, seed=self.seed, step=0, name="before")
+            film(run, base, self.environment, self.evaluation, seed=self.seed, name="before")
         source = EnvSource(env, self.reward_scale) if self.online else None
         loop = off_policy.optimize(pieces, policy, source, state, demonstrations=demonstrations)
         while state.step < self.iterations:
@@ -99,14 +112,16 @@ class RobotOffPolicy:
     def _build(self) -> tuple[OffPolicy, ImprovedPolicy, TrainState]:
         pieces = self.algorithm.compose()
         base = self._base()
-        normalizer = chunk_denoiser(base).observation_normalizer
+        observations = chunk_denoiser(base).observation_normalizer
+        normalizer = base.normalizer(observations) if isinstance(base, QueuedBase) else observations
         modules = off_policy.build_modules(pieces, base, normalizer, seed=self.seed)
         modules = {"policy": chunk_denoiser(base).requires_grad_(False), **modules}
         return pieces, off_policy.improved_policy(pieces, base, modules), off_policy.build_state(
             pieces, modules, seed=self.seed)
 
-    def _base(self) -> DiffusionPolicy:
-        return evaluation_policy(load_policy(Path(self.base)), self.sampler)
+    def _base(self) -> DiffusionPolicy | QueuedBase:
+        chunks = evaluation_policy(load_policy(Path(self.base)), self.sampler)
+        return QueuedBase(chunks) if self.per_step else chunks
 
     def _trained(self, run: Run) -> ImprovedPolicy:
         _, policy, state = self._build()
@@ -119,6 +134,8 @@ class RobotOffPolicy:
             return None
         data = [Demonstrations.load(Path(folder)) for folder in self.demonstrations]
         generator = torch.Generator().manual_seed(self.seed)
+        if isinstance(policy.base, QueuedBase):
+            data = [queued_demonstrations(part, policy.base.chunks, generator) for part in data]
         pieces = self.algorithm.compose()
         rows = [demonstration_rows(part, policy, discount=pieces.learning.discount, reward_scale=self.reward_scale,
                                    generator=generator, signals=pieces.uses_signals) for part in data]

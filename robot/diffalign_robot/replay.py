@@ -23,8 +23,7 @@ def demonstration_rows(data: Demonstrations, policy: ImprovedPolicy, *, discount
     last chunk of a failed one is left out: the observation after its end was not recorded. signals: whether to ask the
     base at every observation.
     """
-    unnormalized = chunk_denoiser(policy)
-    chunk = unnormalized.event[0]
+    actions, chunk = chunk_denoiser(policy).action_normalizer, policy.base.event[0]
     ends = data.lengths.cumsum(0).tolist()
     starts: list[int] = []
     last: list[bool] = []
@@ -35,7 +34,7 @@ def demonstration_rows(data: Demonstrations, policy: ImprovedPolicy, *, discount
     if not starts:
         raise ValueError(f"no demonstration is as long as a chunk of {chunk} (longest: {int(data.lengths.max())})")
     start, terminal = torch.tensor(starts), torch.tensor(last)
-    action = unnormalized.action_normalizer.normalize(data.action[start[:, None] + torch.arange(chunk)]).clamp(-1, 1)
+    action = actions.normalize(data.action[start[:, None] + torch.arange(chunk)]).clamp(-1, 1)
     cond = {"obs": data.obs[start]}
     following = {"obs": data.obs[(start + chunk).clamp(max=len(data.obs) - 1)]}
     return Transitions(cond, action, reward_scale * terminal.float(), discount * (~terminal).float(), following,

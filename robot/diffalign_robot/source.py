@@ -19,7 +19,8 @@ from diffalign.policy.protocols import Policy
 from diffalign.policy.steering import SteeredDenoiser
 from diffalign.rl.rollouts import Rollout
 from diffalign_robot.networks import ChunkDenoiser
-from diffalign_robot.vector import ChunkStep, ChunkVectorEnv
+from diffalign_robot.queued import QueuedBase
+from diffalign_robot.vector import ChunkStep, VectorEnv
 
 
 def episode_seeds(count: int, generator: torch.Generator) -> list[int]:
@@ -36,7 +37,7 @@ class EnvSource:
     rewards (for the critic's sake).
     """
 
-    env: ChunkVectorEnv
+    env: VectorEnv
     reward_scale: float = 1.0
 
     def collect(self, policy: Policy, *, generator: torch.Generator) -> Rollout:
@@ -75,6 +76,7 @@ class EnvSource:
 def chunk_denoiser(policy: Policy) -> ChunkDenoiser:
     """The denoiser that owns the normalizers: the policy's, that of its base, or the first that it composes."""
     base = policy.base if isinstance(policy, ImprovedPolicy) else policy
+    base = base.chunks if isinstance(base, QueuedBase) else base
     denoiser: object = base.denoiser if isinstance(base, DiffusionPolicy) else base
     if isinstance(denoiser, Composition):
         return chunk_denoiser(denoiser.policies[0])

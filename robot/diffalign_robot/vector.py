@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing as mp
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,30 @@ class ChunkStep(NamedTuple):
     truncated: NDArray[np.bool_]
     executed: NDArray[np.int64]
     success: NDArray[np.bool_]
+
+
+class VectorEnv(Protocol):
+    """What rollouts and evaluations need of B environments that end on their own and are reset together."""
+
+    count: int
+    obs_dim: int
+    action_dim: int
+
+    def reset(self, seeds: Sequence[int]) -> Array:
+        """Start an episode per environment from its seed; the observations [B, Do]."""
+        ...
+
+    def step(self, chunks: Array) -> ChunkStep:
+        """Execute one chunk [B, Ta, Da] per environment."""
+        ...
+
+    def frame(self, i: int) -> NDArray[np.uint8]:
+        """A picture of environment i."""
+        ...
+
+    def close(self) -> None:
+        """End workers and renderers."""
+        ...
 
 
 class _Slice:
