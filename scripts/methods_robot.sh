@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-runs/methods-robot}
-methods=${METHODS:-dppo awm nft guard noise_ppo seppo dsrl_sac dsrl_na residual expo rerank}
+methods=${METHODS:-dppo awm nft guard noise_ppo seppo dsrl_sac dsrl_na residual residual_step expo rerank}
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
 run() {  # NAME CONFIG OVERRIDES...: train in $out/NAME-$seed unless it is finished
@@ -33,7 +33,7 @@ for seed in "$@"; do
       rerank)
         run rollouts pick_place_base_rollouts "policy=$out/bc-$seed"
         run rerank pick_place_rerank "base=$out/bc-$seed" "demonstrations=[$out/rollouts-$seed,$out/collect-$seed]" workers=1 ;;
-      residual | expo | dsrl_na)
+      residual | residual_step | expo | dsrl_na)
         run "$method" "pick_place_$method" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
       seppo) run seppo pick_place_seppo "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
       *) run "$method" "pick_place_$method" "base=$out/bc-$seed" workers=1 ;;
