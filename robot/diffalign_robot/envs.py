@@ -81,7 +81,7 @@ class GymnasiumEpisode:
         self.obs_dim, self.action_dim = self._env.observation_space.shape[0], self._env.action_space.shape[0]
         self.action_low = self._env.action_space.low.astype(np.float32)
         self.action_high = self._env.action_space.high.astype(np.float32)
-        self.control_rate_hz = None
+        self.control_rate_hz: float | None = None
         self._id, self._viewer = spec.id, None
         self._obs = np.zeros(self.obs_dim, np.float32)
 

@@ -98,7 +98,7 @@ def write_graph(policy: ExportedPolicy, file: Path) -> None:
 
 def measure(policy: ExportedPolicy, file: Path, demonstrations: Path | None, *, samples: int, calls: int
             ) -> dict[str, Any]:
-    """parity (max abs difference in robot units) over random and, where there are any, recorded observations; latency."""
+    """parity (max abs difference in robot units) on random and, where there are any, recorded observations; latency."""
     generator, session = torch.Generator().manual_seed(0), open_session(file)
     seen = {"random": random_observations(policy, samples, generator)}
     if demonstrations is not None:
@@ -116,7 +116,7 @@ def refuse_difference(parity: dict[str, Any]) -> None:
         if not found <= TOLERANCE:
             raise ValueError(f"the exported graph differs from the torch policy by {found:.3g} on {name} observations, "
                              f"at most {TOLERANCE:g} is allowed; nothing was written. If the policy ranks candidates, "
-                             "two of them may be as good as equal: look at the critic; otherwise report this as a defect")
+                             "two may be as good as equal: look at the critic; otherwise report this as a defect")
 
 
 def manifest(policy: ExportedPolicy, run: Run, job: ExportableJob, sampler: Sampler, file: Path) -> dict[str, Any]:

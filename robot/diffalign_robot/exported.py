@@ -1,7 +1,7 @@
 """A trained robot policy as a function of its inputs: observation and noise in, a chunk in robot units out.
 
-Legend: N rows, n chains of a row (1, or the candidates that a critic ranks), R = N n, K denoising steps, Ta actions of a
-chunk, Da action features, Do observation features.
+Legend: N rows, n chains of a row (1, or the candidates that a critic ranks), R = N n, K denoising steps, Ta actions of
+a chunk, Da action features, Do observation features.
 """
 
 from __future__ import annotations

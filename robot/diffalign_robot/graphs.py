@@ -33,7 +33,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         depends = any(id(leaf) in self.nodes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise ValueError(f"the policy draws random numbers inside ({func}); noise must be an input of what is exported")
+            raise ValueError(f"the policy draws random numbers inside ({func}); noise must be an input of an export")
         if not depends:
             return out
         if func._schema.is_mutable:

@@ -47,8 +47,10 @@ def difference(policy: ExportedPolicy, session: Any, obs: Float[Tensor, "N Do"],
     wanted = policy(obs, **noise).numpy()
     each = {"obs": obs.numpy(), **{name: values.numpy() for name, values in noise.items()}}
     rows = {name: shape[0] for name, shape in policy.shapes.items()}
-    found = [session.run(None, {name: values[i * rows[name] : (i + 1) * rows[name]] for name, values in each.items()})[0]
-             for i in range(len(obs))]
+    found = []
+    for i in range(len(obs)):
+        inputs = {name: values[i * rows[name] : (i + 1) * rows[name]] for name, values in each.items()}
+        found.append(session.run(None, inputs)[0])
     return float(np.abs(np.concatenate(found) - wanted).max())
 
 
@@ -62,8 +64,7 @@ def latency(policy: ExportedPolicy, session: Any, *, calls: int, generator: torc
         times = _in_turns({"onnxruntime": lambda: session.run(None, arrays), "torch": lambda: policy(**inputs)}, calls)
     finally:
         torch.set_num_threads(threads)
-    measured: dict[str, Any] = {name: {"p50_ms": float(np.percentile(spent, 50)), "p99_ms": float(np.percentile(spent, 99))}
-                                for name, spent in times.items()}
+    measured = {name: {f"p{p}_ms": float(np.percentile(spent, p)) for p in (50, 99)} for name, spent in times.items()}
     speedup = measured["torch"]["p50_ms"] / measured["onnxruntime"]["p50_ms"]
     return {**measured, "speedup_p50": speedup, "calls": calls, "threads": 1, "batch": 1}
 

@@ -1,8 +1,8 @@
 """From chunks of actions to one action a control tick.
 
-A chunk that was decided on the observation of tick b holds an action for each of the ticks b ... b + Ta - 1. Every scheme
-here knows the tick it is asked for, so that a chunk that arrives late loses the actions whose time has passed, instead of
-shifting all of them (Diffusion Policy, arXiv 2303.04137, on real robots).
+A chunk that was decided on the observation of tick b holds an action for each of the ticks b ... b + Ta - 1. Every
+scheme here knows the tick it is asked for, so that a chunk that arrives late loses the actions whose time has passed,
+instead of shifting all of them (Diffusion Policy, arXiv 2303.04137, on real robots).
 
 Legend: Ta actions of a chunk, Da action features.
 """
@@ -75,8 +75,8 @@ class RecedingHorizon:
 class TemporalEnsemble:
     """A weighted mean of what all chunks say about a tick, a new chunk wanted every `execute` ticks (ACT, 2304.13705).
 
-    w_i = exp(-decay i) with i = 0 the oldest, the authors' order and their 0.01: the mean is smooth and late, and it lies
-    between modes where chunks disagree about them.
+    w_i = exp(-decay i) with i = 0 the oldest, the authors' order and their 0.01: the mean is smooth and late, and it
+    lies between modes where chunks disagree about them.
     """
 
     decay: float = 0.01
@@ -98,7 +98,8 @@ class TemporalEnsemble:
         if not said:
             return None
         weights = np.exp(-self.decay * np.arange(len(said), dtype=np.float64))
-        return (weights @ np.stack(said) / weights.sum()).astype(np.float32)
+        mean: Array = (weights @ np.stack(said) / weights.sum()).astype(np.float32)
+        return mean
 
     def wants(self, tick: int) -> bool:
         """`execute` ticks after the newest chunk's observation."""

@@ -2,9 +2,10 @@
 
     idle -> ramp-in -> running <-> hold -> safe stop | fault
 
-idle: the first chunk is awaited. ramp-in: the first actions are blended in from where the robot is. hold: something is missing (a fresh observation, a chunk, a finite action); the robot is brought to rest within its limits,
-and goes on through ramp-in once it is back. safe stop: it does not come back, or somebody pressed the emergency stop; the
-robot is brought to rest and the loop ends. fault: the robot cannot be reached any more; the loop ends without it.
+idle: the first chunk is awaited. ramp-in: the first actions are blended in from where the robot is. hold: something is
+missing (a fresh observation, a chunk, a finite action); the robot is brought to rest within its limits, and goes on
+through ramp-in once it is back. safe stop: it does not come back, or somebody pressed the emergency stop; the robot is
+brought to rest and the loop ends. fault: the robot cannot be reached any more; the loop ends without it.
 
 Legend: Da action features.
 """
@@ -62,8 +63,8 @@ class Recorder(Protocol):
 class Settings:
     """How a controller runs.
 
-    rate_hz: of commands, that of the training environment. ramp_s: how long the first actions are blended in. rest: what
-    a robot at rest is commanded, `last` where commands are places, `zero` where they are velocities or changes.
+    rate_hz: of commands, that of the training environment. ramp_s: how long the first actions are blended in. rest:
+    what a robot at rest is commanded, `last` where commands are places, `zero` where they are velocities or changes.
     workspace: low and high corner of the tool's box in metres, None for none.
 
     Raises: ValueError for a rate or ramp out of range, or corners that do not make a box.
@@ -73,7 +74,7 @@ class Settings:
     ramp_s: float = 1.0
     rest: Literal["last", "zero"] = "last"
     workspace: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    watchdog: Watchdog = Watchdog()
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def __post_init__(self) -> None:
         if not self.rate_hz > 0 or not self.ramp_s >= 0:
@@ -97,8 +98,8 @@ class Controller:
     def __init__(self, robot: Robot, inference: Inference, scheme: Scheme, safety: SafetyFilter, log: Recorder,
                  clock: Clock, settings: Settings) -> None:
         if not abs(safety.dt * settings.rate_hz - 1) < 1e-6:
-            raise ValueError(f"the safety filter is made for {1 / safety.dt:.6g} Hz, the loop for {settings.rate_hz:.6g}; "
-                             "its limits are per second, so both must have the same rate")
+            raise ValueError(f"the safety filter is made for {1 / safety.dt:.6g} Hz, the loop for "
+                             f"{settings.rate_hz:.6g}; its limits are per second, so both must have the same rate")
         self.robot, self.inference, self.scheme, self.safety = robot, inference, scheme, safety
         self.log, self.clock, self.settings = log, clock, settings
         self.state, self.reason, self.timing = State.IDLE, "", Timing()

@@ -2,8 +2,8 @@
 
 Clamping velocity, acceleration and jerk one after the other is not enough: a joint that runs towards its position limit
 can be so fast that no acceleration within the limit stops it in time. Here a command passes only if a stop from there,
-simulated tick by tick, stays within every limit; otherwise the passable command nearest to it on the line to the stop is
-sent. The stop itself always passes, because it is the continuation of the one that was found a tick ago.
+simulated tick by tick, stays within every limit; otherwise the passable command nearest to it on the line to the stop
+is sent. The stop itself always passes, because it is the continuation of the one that was found a tick ago.
 
 Legend: Da action features, L candidates on the line, dt one control period in seconds.
 """
@@ -83,8 +83,9 @@ class SafetyFilter:
         outside = ~((start >= self.low) & (start <= self.high))
         if outside.any():
             number = int(np.argmax(outside))
-            raise ValueError(f"feature {number} starts at {start[number]:.6g}, outside its limits {self.low[number]:.6g} "
-                             f"to {self.high[number]:.6g}; move the robot inside them, or mend the limits")
+            raise ValueError(f"feature {number} starts at {start[number]:.6g}, outside its limits "
+                             f"{self.low[number]:.6g} to {self.high[number]:.6g}; move the robot inside them, or mend "
+                             "the limits")
         self._motion = _Motion(start, np.zeros_like(start), np.zeros_like(start))
         self._wish, self._speed = start, np.zeros_like(start)
 
@@ -164,7 +165,8 @@ class SafetyFilter:
         speed = np.clip((wish - self._wish) / self.dt + np.sign(gap) * closing, -self.velocity, self.velocity)
         self._wish, self._speed = wish, speed
         missing = before - last.velocity
-        return (speed - before) / self.dt + np.sign(missing) * _fastest(np.abs(missing), self.jerk, self.dt)
+        catching_up: Array = np.sign(missing) * _fastest(np.abs(missing), self.jerk, self.dt)
+        return (speed - before) / self.dt + catching_up
 
     def _stops_within(self, motion: _Motion) -> NDArray[np.bool_]:
         """Whether the stop from each motion [L, Da] stays within position and velocity limits."""
