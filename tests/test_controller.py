@@ -350,6 +350,24 @@ def test_what_comes_back_is_held_for_and_ramped_in(faults) -> None:
     np.testing.assert_allclose(robot.position, [0.5, -0.5], atol=1e-4)
 
 
+def test_a_robot_that_was_moved_while_it_was_unplugged_is_not_thrown_back() -> None:
+    clock, log = SteppedClock(), List()
+    robot = PointRobot(clock, {"unplugged": (1.0, 1.3)})
+    observe = robot.observe
+
+    def pushed():
+        if robot.during("unplugged"):
+            robot.position = np.array([-0.4, 0.4])
+        return observe()
+
+    robot.observe = pushed
+    loop = controller(robot, clock, towards([0.5, -0.5]), log=log)
+    assert loop.run(4.0) == Exit.DONE
+    after = int(np.flatnonzero(np.diff(robot.times) > 5 * DT)[0]) + 1
+    np.testing.assert_allclose(robot.commands[after], [-0.4, 0.4], atol=0.05)
+    assert within_limits(robot)
+
+
 def test_nan_is_never_sent_and_stops_the_robot() -> None:
     def decide(obs):
         chunk = towards([0.5, -0.5])(obs)
