@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from diffalign.train.run import Run
 from diffalign.train.statistics import wilson
 from diffalign.train.supervised import Pretraining
 from diffalign_controller import policy as runtime
+from diffalign_controller.log import read
+from diffalign_controller.loop import Exit
 from diffalign_robot import export
 from diffalign_robot.choices import ChunkMLP
 from diffalign_robot.demos import Demonstrations, collect, join
@@ -281,6 +284,21 @@ print(policy.Policy(Path(sys.argv[1])).decide(np.zeros(2, np.float32)).shape)
     command = [sys.executable, "-c", code, str(runs[0] / "package")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=runs[0])
     assert done.stdout.strip() == "(2, 2)", done.stderr
+
+
+def test_the_documented_controller_runs(runs, tmp_path, monkeypatch) -> None:
+    document = (Path(__file__).parents[1] / "docs/deploy.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    short = block.replace("seconds=2.0", "seconds=0.5")
+    assert short != block
+    shutil.copytree(runs[0] / "package", tmp_path / "controllers/point")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        exec(compile(short, "docs/deploy.md", "exec"), {"__name__": "document"})
+    assert end.value.code == Exit.DONE
+    assert len(list(read(tmp_path / "log"))) > 20
+    for code in Exit:
+        assert f"\n| {code.value} |" in document or code is Exit.DONE
 
 
 def test_a_graph_that_is_not_the_policy_leaves_nothing_behind(runs, tmp_path, monkeypatch) -> None:
