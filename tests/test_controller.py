@@ -22,7 +22,7 @@ from diffalign_controller.inference import InLine, Threaded
 from diffalign_controller.log import Log, read
 from diffalign_controller.loop import Controller, Exit, Settings, State
 from diffalign_controller.robot import MonotonicClock, Observation
-from diffalign_controller.safety import Limits, SafetyFilter
+from diffalign_controller.safety import Limits, SafetyFilter, fastest_speed
 from diffalign_controller.watchdog import Watchdog
 
 RUNTIME = Path(diffalign_controller.__file__).parent
@@ -82,22 +82,30 @@ def test_a_receding_horizon_plays_the_newest_chunk_at_its_own_ticks() -> None:
 # --- safety ---------------------------------------------------------------------------------------------------------
 
 bounds = st.one_of(st.none(), st.tuples(st.floats(0.5, 10), st.floats(0.5, 10)))
-wishes = st.lists(st.one_of(st.none(), st.tuples(st.floats(-5, 5), st.floats(-5, 5))), min_size=1, max_size=25)
+pairs = st.tuples(st.floats(-5, 5), st.floats(-5, 5))
+wishes = st.lists(st.one_of(st.none(), st.tuples(st.booleans(), pairs)), min_size=1, max_size=20)
 
 
 @settings(max_examples=40)
 @given(bounds, bounds, bounds, bounds, wishes)
 def test_no_command_and_no_difference_of_commands_is_ever_outside_its_limit(velocity, acceleration, jerk, step, plan
                                                                             ) -> None:
-    """Whatever is wished (None: a stop) and however the bounds compare, and every stop ends at rest."""
+    """Whatever is wished and however the bounds compare, and every stop ends at rest.
+
+    A wish is None for a stop, or stands still, or moves at a constant velocity.
+    """
     acceleration = acceleration and tuple(10 * a for a in acceleration)
     jerk = jerk and tuple(200 * j for j in jerk)
     limits = Limits((-1.0, -0.5), (0.5, 1.0), velocity, acceleration, jerk, step and tuple(0.1 * s for s in step))
     safety = SafetyFilter(limits, DT)
     safety.reset(np.zeros(2))
     commands = [np.zeros(2)] * 4
-    for wish in [w for w in plan for _ in range(4)]:
-        commands.append(safety.stop() if wish is None else safety.filter(np.array(wish)))
+    place = np.zeros(2)
+    for item in [item for item in plan for _ in range(8)]:
+        if item is not None:
+            moves, pair = item
+            place = commands[-1] + DT * np.array(pair) if moves else np.array(pair)
+        commands.append(safety.stop() if item is None else safety.filter(place))
     for _ in range(2000):
         if safety.at_rest:
             break
@@ -134,14 +142,24 @@ def test_a_command_reaches_a_wish_that_stands_still_and_rests_there() -> None:
 
 
 def test_the_filter_brakes_before_a_limit_that_it_could_not_stop_at() -> None:
-    """v = 1, a = 1: from full speed a stop takes 0.5, so that the speed must fall from 0.5 before the limit on."""
-    safety = SafetyFilter(Limits((0.0,), (3.0,), velocity=(1.0,), acceleration=(1.0,)), 0.01)
+    """From v = 0.8 a stop at a = 1 takes 0.32: a wish that runs through the limit is left that far before it."""
+    safety = SafetyFilter(Limits((0.0,), (4.0,), velocity=(1.0,), acceleration=(1.0,)), DT)
     safety.reset(np.zeros(1))
-    path = np.array([safety.filter(np.array([3.0 * k])) for k in range(1, 500)])[:, 0]
-    speed = np.diff(path) / 0.01
-    assert speed.max() == pytest.approx(1, abs=1e-6)
-    assert speed[path[:-1] > 2.99].max() < 0.16  # sqrt(2 a d) = 0.14
-    assert path[-1] > 2.9
+    wishes = 0.8 * DT * np.arange(1, 350)
+    path = np.array([safety.filter(wish[None]) for wish in wishes])[:, 0]
+    speed = np.diff(path) / DT
+    assert np.abs(path - wishes)[180:200].max() < 1e-9  # it follows exactly, at full speed
+    assert path[1:][speed > 0.79].max() == pytest.approx(4 - 0.8**2 / 2, abs=0.05)
+    assert np.abs(np.diff(speed) / DT).max() <= 1 + 1e-6
+    assert path[-1] == pytest.approx(4, abs=0.01)
+
+
+@given(st.floats(1e-4, 10), st.floats(0.1, 100), st.sampled_from([0.005, 0.02, 0.1]))
+def test_the_fastest_speed_is_the_one_whose_stop_covers_the_distance(distance, deceleration, dt) -> None:
+    """Sum over the periods until rest: this one at the speed, every later one at one period's deceleration less."""
+    speed = float(fastest_speed(np.array(distance), np.array(deceleration), dt))
+    covered = dt * sum(np.arange(speed, 0, -deceleration * dt))
+    assert covered == pytest.approx(distance, rel=1e-6)
 
 
 def test_what_is_no_number_or_starts_outside_is_refused() -> None:

@@ -142,8 +142,8 @@ class Controller:
 
     @property
     def _rests(self) -> bool:
-        zero = self.settings.rest == "last" or bool((np.abs(self.safety.position) < 1e-9 * self.safety.high).all())
-        return self.safety.at_rest and zero
+        near = np.abs(self.safety.position) < 1e-9 * (self.safety.high - self.safety.low)
+        return self.safety.at_rest and (self.settings.rest == "last" or bool(near.all()))
 
     def _start(self) -> None:
         seen = self.robot.observe()

@@ -154,18 +154,18 @@ class SafetyFilter:
 
     def _braking(self, last: _Motion) -> Array:
         """The acceleration that takes the velocity to 0 soonest without overshoot."""
-        wish = -np.sign(last.velocity) * _fastest(np.abs(last.velocity), self.jerk, self.dt)
+        wish = -np.sign(last.velocity) * fastest_speed(np.abs(last.velocity), self.jerk, self.dt)
         return np.clip(wish, *self._accelerations(last))
 
     def _following(self, last: _Motion, wish: Array) -> Array:
         """The acceleration that follows the wish: its own motion, plus what closes the gap with braking in time."""
         gap, before = self._wish - last.position, self._speed
-        closing = np.minimum(_fastest(np.abs(gap), self.acceleration / 2, self.dt), 0.5 * np.cbrt(gap**2 * self.jerk))
-        closing = np.minimum(closing, np.abs(gap) / self.dt)
+        closing = fastest_speed(np.abs(gap), self.acceleration / 2, self.dt)  # at most gap / dt
+        closing = np.minimum(closing, 0.5 * np.cbrt(gap**2 * self.jerk))  # of x''' = jerk: x' ~ (x^2 jerk)^(1/3)
         speed = np.clip((wish - self._wish) / self.dt + np.sign(gap) * closing, -self.velocity, self.velocity)
         self._wish, self._speed = wish, speed
         missing = before - last.velocity
-        catching_up: Array = np.sign(missing) * _fastest(np.abs(missing), self.jerk, self.dt)
+        catching_up: Array = np.sign(missing) * fastest_speed(np.abs(missing), self.jerk, self.dt)
         return (speed - before) / self.dt + catching_up
 
     def _stops_within(self, motion: _Motion) -> NDArray[np.bool_]:
@@ -188,7 +188,7 @@ class SafetyFilter:
         return 20 + 2 * int(np.ceil(ticks.max()))
 
 
-def _fastest(distance: Array, deceleration: Array, dt: float) -> Array:
+def fastest_speed(distance: Array, deceleration: Array, dt: float) -> Array:
     """The largest speed at which one more period and then full deceleration cover at most `distance`.
 
     m full periods of deceleration follow: distance = dt ((m + 1) speed - deceleration dt m (m + 1) / 2).
