@@ -386,6 +386,43 @@ def test_a_robot_that_was_moved_while_it_was_unplugged_is_not_thrown_back() -> N
     assert within_limits(robot)
 
 
+def test_a_robot_that_comes_back_outside_its_limits_is_not_commanded() -> None:
+    clock, log = SteppedClock(), List()
+    robot = PointRobot(clock, {"unplugged": (1.0, 1.3)})
+    observe = robot.observe
+
+    def pushed():
+        if robot.during("unplugged"):
+            robot.position = np.array([-1.4, 0.4])
+        return observe()
+
+    robot.observe = pushed
+    assert controller(robot, clock, towards([0.5, -0.5]), log=log).run(4.0) == Exit.CONNECTION
+    assert robot.times[-1] - robot.start_s < 1.0
+    assert "feature 0 starts at -1.4, outside its limits" in log[-1]["reason"]
+
+
+def test_what_goes_wrong_at_the_end_is_in_the_exit_code() -> None:
+    held, _, log, _ = drill({"frozen": (1.0, 9.0)}, seconds=1.3)
+    assert held == Exit.BLIND
+    assert "time is up in a hold" in log[-1]["reason"]
+    lost, _, _, loop = drill({"unplugged": (0.51, 9.0)}, seconds=0.5)  # while it comes to rest
+    assert lost == Exit.CONNECTION
+    assert loop.state is State.FAULT
+    pressed, _, _, _ = drill({"pressed": (0.51, 9.0)}, seconds=0.5)
+    assert pressed == Exit.EMERGENCY_STOP
+
+
+def test_a_crash_is_in_the_log() -> None:
+    clock, log = SteppedClock(), List()
+    robot = PointRobot(clock)
+    loop = controller(robot, clock, towards([0.5, -0.5]), log=log)
+    robot.command = lambda action: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.run(1.0)
+    assert log[-1] == {"event": "crash", "state": "ramp-in", "reason": "ZeroDivisionError: division by zero"}
+
+
 def test_nan_is_never_sent_and_stops_the_robot() -> None:
     def decide(obs):
         chunk = towards([0.5, -0.5])(obs)

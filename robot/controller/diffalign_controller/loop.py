@@ -113,16 +113,28 @@ class Controller:
 
     def run(self, seconds: float) -> Exit:
         """Control for that long, then bring the robot to rest. Raises: ValueError if it starts outside its limits."""
-        period = 1 / self.settings.rate_hz
         try:
             self._start()
+            self._loop(seconds)
         except ConnectionError as error:
             self._enter(State.FAULT, f"connection lost: {error}", Exit.CONNECTION)
+        except BaseException as error:
+            self.log.write({"event": "crash", "state": self.state.value, "reason": f"{type(error).__name__}: {error}"})
+            raise
+        self.log.write({"event": "end", "exit": int(self._exit), "state": self.state.value, "reason": self.reason,
+                        "ticks": self.timing.ticks, "missed": self.timing.missed})
+        return self._exit
+
+    def _loop(self, seconds: float) -> None:
+        period = 1 / self.settings.rate_hz
         start = before = self.clock.now_s()
         tick = 0
         while self.state is not State.FAULT and not (self.state is State.SAFE_STOP and self._rests):
             if self.state is not State.SAFE_STOP and (self._stop_asked or tick * period >= seconds):
-                self._enter(State.SAFE_STOP, "asked to stop" if self._stop_asked else "time is up", Exit.DONE)
+                why = "asked to stop" if self._stop_asked else "time is up"
+                held = self.state is State.HOLD
+                self._enter(State.SAFE_STOP, f"{why} in a hold: {self.reason}" if held else why,
+                            self._exit if held else Exit.DONE)
             self._tick(tick)
             late = self.clock.now_s() - (start + (tick + 1) * period)
             self.timing.missed += late > 0
@@ -132,9 +144,6 @@ class Controller:
             now = self.clock.now_s()
             self.timing.periods_s.append(now - before)
             before = now
-        self.log.write({"event": "end", "exit": int(self._exit), "state": self.state.value, "reason": self.reason,
-                        "ticks": self.timing.ticks, "missed": self.timing.missed})
-        return self._exit
 
     def stop(self) -> None:
         """Bring the robot to rest and end `run`; may be called from a signal handler or another thread."""
@@ -168,7 +177,8 @@ class Controller:
             self._was_lost = True
             self._miss(f"connection lost: {error}", Exit.CONNECTION, now)
             if self.state is State.SAFE_STOP:  # it cannot be brought to rest from here
-                self._enter(State.FAULT, self.reason, self._exit)
+                self._enter(State.FAULT, f"connection lost ({error}) after: {self.reason}",
+                            Exit(self._exit or Exit.CONNECTION))
             record |= {"state": self.state.value, "reason": self.reason}
         self.log.write(record)
 
@@ -176,7 +186,7 @@ class Controller:
         """Look, and say why what was seen cannot be used."""
         seen = self.robot.observe()
         if self._was_lost and self.settings.rest == "last":
-            self.safety.reset(seen.position)  # it may have been moved meanwhile
+            self._find_again(seen)
         self._was_lost = False
         if self._seen is None or not np.array_equal(seen.values, self._seen.values):
             self._changed_s = now
@@ -188,6 +198,12 @@ class Controller:
         if not np.isfinite(seen.values).all():
             return "observation is not finite"
         return self.settings.watchdog.blind(age_s=now - seen.measured_s, unchanged_s=now - self._changed_s)
+
+    def _find_again(self, seen: Observation) -> None:
+        try:
+            self.safety.reset(seen.position)  # it may have been moved meanwhile
+        except ValueError as error:
+            raise ConnectionError(f"it is back where it must not be commanded: {error}") from None
 
     def _think(self, tick: int, now: float, lost: str | None) -> None:
         """Take what was decided and ask for what is wanted."""
