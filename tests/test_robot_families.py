@@ -85,7 +85,7 @@ def test_a_residual_improves_and_resumes_exactly(runs, tmp_path):
     assert after["success_rate"] > before["success_rate"] + 0.1
     assert "improved on actions" in after["sampler"]
     base = load_policy(runs / "bc0").denoiser.state_dict()
-    trained = job._trained(run).base.denoiser.state_dict()
+    trained = job.trained_policy(run).base.denoiser.state_dict()
     assert all(torch.equal(base[name], trained[name]) for name in base)
 
     with pytest.raises(ValueError, match="take the base run"):

@@ -1,4 +1,4 @@
-"""train, collect, evaluate, sample and report."""
+"""train, collect, evaluate, sample, export and report."""
 
 from __future__ import annotations
 
@@ -74,6 +74,19 @@ def sample(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for path in job.sample(run, out, seed=args.seed, count=args.count):
         print(path)
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """`diffalign export RUN --to DIR`: a controller package with its parity and latency report."""
+    prepare(args.threads)
+    run, job = jobs.open_run(Path(args.run))
+    from diffalign_robot.export import ExportableJob, export_run
+
+    if not isinstance(job, ExportableJob):
+        raise ValueError(f"{args.run} is no robot run; a controller is exported from a run with a robot policy")
+    result = export_run(run, job, Path(args.to), sampler=args.sampler)
+    print(json.dumps(result) if args.json else readable({"package": args.to, **result["parity"], **result["latency"]}))
     return 0
 
 

@@ -101,6 +101,13 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder with a robot policy")
+    parser.add_argument("--to", metavar="DIR", required=True, help="folder of the package; must be empty or not exist")
+    sampler = "how actions are drawn from the policy (default: as the recipe evaluates)"
+    parser.add_argument("--sampler", choices=["stochastic", "zero_noise", "ode"], help=sampler)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
@@ -128,6 +135,9 @@ COMMANDS = {
     "sample": Command(
         "commands", "sample", "draw pictures or videos from the trained policy of a run",
         "diffalign sample runs/demo-image --out pictures --count 64", _sample_arguments, threads=True),
+    "export": Command(
+        "commands", "export", "write a robot policy as ONNX with manifest, parity and latency report",
+        "diffalign export runs/demo-robot --to controllers/pick-place", _export_arguments, json=True, threads=True),
     "report": Command(
         "commands", "report", "rebuild report.html of a run folder, finished or not",
         "diffalign report runs/demo-robot", _report_arguments),

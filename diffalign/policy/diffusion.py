@@ -89,11 +89,15 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None,
-            noise: Float[Tensor, "N *E"] | None = None) -> Decision:
+            noise: Float[Tensor, "N *E"] | None = None, step_noise: Float[Tensor, "N K *E"] | None = None
+            ) -> Decision:
         """Run the chain for every row of cond and keep what the transition likelihood needs.
 
         `trained` [K] overrides the schedule's own draw, so that all decisions of one rollout share a window; `noise`
-        overrides the draw of the chain's start.
+        overrides the draw of the chain's start, `step_noise` the standard normal draws of the steps (those of
+        deterministic steps are not used).
+
+        Raises: ValueError if given noise has another shape.
         """
         rows, event_dims = num_rows(cond), len(self.event)
         device = next(iter(cond.values())).device
@@ -105,6 +109,9 @@ class DiffusionPolicy:
             noise = start.mean if self.zero_noise else start.sample(generator)
         elif noise.shape != start.mean.shape:
             raise ValueError(f"noise must be {tuple(start.mean.shape)} (rows of cond, event), got {tuple(noise.shape)}")
+        wanted = (rows, self.schedule.steps, *self.event)
+        if step_noise is not None and step_noise.shape != wanted:
+            raise ValueError(f"step_noise must be {wanted} (rows of cond, steps, event), got {tuple(step_noise.shape)}")
         x = noise
         xs, means, stds, log_probs = [x], [], [], []
         for k in range(self.schedule.steps):
@@ -113,7 +120,10 @@ class DiffusionPolicy:
             kernel = ODE() if self.trained.ode_elsewhere and not bool(window[k]) else self.kernel
             step = kernel.moments(x, x0, eps, self.path.level(t, event_dims), self.path.level(t_next, event_dims))
             noisy = bool((step.std > 0).all())
-            x = step.sample(generator) if noisy else step.mean
+            if noisy:
+                x = step.sample(generator) if step_noise is None else step.mean + step.std * step_noise[:, k]
+            else:
+                x = step.mean
             scored = noisy and bool(window[k])
             trained[k] = scored
             xs.append(x)

@@ -99,15 +99,16 @@ class RobotAlign:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
                             workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""
-        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
                              sampler=self.evaluation.sampler)
 
-    def _trained(self, run: Run) -> DiffusionPolicy:
+    def trained_policy(self, run: Run) -> DiffusionPolicy:
+        """The averaged policy of the newest checkpoint."""
         return replace(load_policy(run.path), kernel=self.exploration.kernel)
 
     def _build(self) -> tuple[DiffusionPolicy, OnPolicy, TrainState]:

@@ -67,7 +67,7 @@ class RobotCompose:
                     result = evaluate(parent, env, seed=self.seed, episodes=self.evaluation.episodes,
                                       sampler=self.evaluation.sampler)
                     run.write_json(f"evaluations/parent_{number}.json", {**result, "step": 0, "run": folder})
-            policy = self._trained(run)
+            policy = self.trained_policy(run)
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=1, name="after")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         finally:
@@ -76,12 +76,12 @@ class RobotCompose:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the composition that the search found."""
-        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
                             workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the composition."""
-        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
                              sampler=self.evaluation.sampler)
 
     def _parents(self) -> list[DiffusionPolicy]:
@@ -116,7 +116,8 @@ class RobotCompose:
         found = search_weights(predictions, eps, play, grid=self.grid, episodes=self.episodes, generator=generator)
         return {**found, "parents": list(self.parents)}
 
-    def _trained(self, run: Run) -> DiffusionPolicy:
+    def trained_policy(self, run: Run) -> DiffusionPolicy:
+        """The composition that the search found. Raises: ValueError if there was no search yet."""
         file = run.path / "composition.json"
         if not file.is_file():
             raise ValueError(f"{run.path} has no composition.json yet; run the search with "

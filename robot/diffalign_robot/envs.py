@@ -27,12 +27,16 @@ class Step(NamedTuple):
 
 
 class Episode(Protocol):
-    """A simulator. `observe` is separate from `advance`, so that a chunk observes (or renders) once."""
+    """A simulator. `observe` is separate from `advance`, so that a chunk observes (or renders) once.
+
+    control_rate_hz: how many actions make a second of simulated time, None where that is not known.
+    """
 
     obs_dim: int
     action_dim: int
     action_low: Array
     action_high: Array
+    control_rate_hz: float | None
 
     def reset(self, seed: int) -> None: ...
     def advance(self, action: Array) -> Step: ...
@@ -77,6 +81,7 @@ class GymnasiumEpisode:
         self.obs_dim, self.action_dim = self._env.observation_space.shape[0], self._env.action_space.shape[0]
         self.action_low = self._env.action_space.low.astype(np.float32)
         self.action_high = self._env.action_space.high.astype(np.float32)
+        self.control_rate_hz: float | None = None
         self._id, self._viewer = spec.id, None
         self._obs = np.zeros(self.obs_dim, np.float32)
 

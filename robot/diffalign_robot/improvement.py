@@ -101,12 +101,12 @@ class RobotOffPolicy:
     def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
                  ) -> dict[str, Any]:
         """Success rate of the newest checkpoint."""
-        return evaluate_run(self._trained(run), self.environment, self.evaluation, num_envs=self.num_envs,
+        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
                             workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Videos of the newest checkpoint."""
-        return sample_videos(self._trained(run), self.environment, out, seed=seed, count=count,
+        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
                              sampler=self.evaluation.sampler)
 
     def _build(self) -> tuple[OffPolicy, ImprovedPolicy, TrainState]:
@@ -123,7 +123,8 @@ class RobotOffPolicy:
         chunks = evaluation_policy(load_policy(Path(self.base)), self.sampler)
         return QueuedBase(chunks) if self.per_step else chunks
 
-    def _trained(self, run: Run) -> ImprovedPolicy:
+    def trained_policy(self, run: Run) -> ImprovedPolicy:
+        """The frozen base under the newest actor and critic."""
         _, policy, state = self._build()
         checkpoint.load_modules(newest_checkpoint(run.path, "diffalign train CONFIG"), state.modules)
         return policy

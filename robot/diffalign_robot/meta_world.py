@@ -34,6 +34,7 @@ class MetaWorldEpisode:
         self._spec = spec
         self._env = _build(spec.task)
         self._model, self._data = self._env.model, self._env.data
+        self.control_rate_hz = 1 / self._env.dt
         self._before = mujoco.MjData(self._model)  # one control step ago: observations hold two frames
         self._settled: Any = None
         self._radius = SUCCESS_RADIUS.get(spec.task) if spec.reward == "sparse" else None

@@ -1,0 +1,273 @@
+"""The control loop: observe, decide, filter, command, log, at a fixed rate, and never anything else.
+
+    idle -> ramp-in -> running <-> hold -> safe stop | fault
+
+idle: the first chunk is awaited. ramp-in: the first actions are blended in from where the robot is. hold: something is
+missing (a fresh observation, a chunk, a finite action); the robot is brought to rest within its limits, and goes on
+through ramp-in once it is back. safe stop: it does not come back, or somebody pressed the emergency stop; the robot is
+brought to rest and the loop ends. fault: the robot cannot be reached any more; the loop ends without it.
+
+Legend: Da action features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffalign_controller.chunks import Scheme
+from diffalign_controller.inference import Inference
+from diffalign_controller.robot import Clock, Observation, Robot
+from diffalign_controller.safety import SafetyFilter
+from diffalign_controller.watchdog import Watchdog
+
+Array = NDArray[np.floating]
+
+
+class State(Enum):
+    """Where the loop is; see the head of this file."""
+
+    IDLE = "idle"
+    RAMP_IN = "ramp-in"
+    RUNNING = "running"
+    HOLD = "hold"
+    SAFE_STOP = "safe stop"
+    FAULT = "fault"
+
+
+class Exit(IntEnum):
+    """The exit code of a process that ran the loop; 1 is a crash and 2 a wrong command line."""
+
+    DONE = 0
+    EMERGENCY_STOP = 3
+    BLIND = 4  # the observation stayed too old, or did not change
+    LATE = 5  # no chunk came, or the policy failed
+    BAD_ACTION = 6  # the policy kept asking for NaN or infinity
+    WORKSPACE = 7  # the tool left its box
+    CONNECTION = 8  # the robot could not be reached
+
+
+class Recorder(Protocol):
+    """Where records of ticks go (log.Log)."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a controller runs.
+
+    rate_hz: of commands, that of the training environment. ramp_s: how long the first actions are blended in. rest:
+    what a robot at rest is commanded, `last` where commands are places, `zero` where they are velocities or changes.
+    workspace: low and high corner of the tool's box in metres, None for none.
+
+    Raises: ValueError for a rate or ramp out of range, or corners that do not make a box.
+    """
+
+    rate_hz: float
+    ramp_s: float = 1.0
+    rest: Literal["last", "zero"] = "last"
+    workspace: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+    def __post_init__(self) -> None:
+        if not self.rate_hz > 0 or not self.ramp_s >= 0:
+            raise ValueError(f"need rate_hz > 0 and ramp_s >= 0, got {self.rate_hz} and {self.ramp_s}")
+        if self.workspace is not None and not all(low < high for low, high in zip(*self.workspace, strict=True)):
+            raise ValueError(f"the workspace's first corner must be below its second, got {self.workspace}")
+
+
+@dataclass
+class Timing:
+    """What a loop measured: commands sent, how many of them later than a period after their tick, the last periods."""
+
+    ticks: int = 0
+    missed: int = 0
+    periods_s: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
+
+
+class Controller:
+    """Runs a policy on a robot; `run` returns the exit code, `state` and `reason` say where it is and why."""
+
+    def __init__(self, robot: Robot, inference: Inference, scheme: Scheme, safety: SafetyFilter, log: Recorder,
+                 clock: Clock, settings: Settings) -> None:
+        if not abs(safety.dt * settings.rate_hz - 1) < 1e-6:
+            raise ValueError(f"the safety filter is made for {1 / safety.dt:.6g} Hz, the loop for "
+                             f"{settings.rate_hz:.6g}; its limits are per second, so both must have the same rate")
+        self.robot, self.inference, self.scheme, self.safety = robot, inference, scheme, safety
+        self.log, self.clock, self.settings = log, clock, settings
+        self.state, self.reason, self.timing = State.IDLE, "", Timing()
+        self._exit = Exit.DONE
+        self._since_s = 0.0  # when the state began
+        self._asked_s: float | None = None  # when the pending decision was asked for
+        self._stop_asked = self._was_lost = False
+        self._seen: Observation | None = None
+        self._changed_s = 0.0
+        self._begin: Array = np.zeros(0)
+
+    def run(self, seconds: float) -> Exit:
+        """Control for that long, then bring the robot to rest. Raises: ValueError if it starts outside its limits."""
+        try:
+            self._start()
+            self._loop(seconds)
+        except ConnectionError as error:
+            self._enter(State.FAULT, f"connection lost: {error}", Exit.CONNECTION)
+        except BaseException as error:
+            self.log.write({"event": "crash", "state": self.state.value, "reason": f"{type(error).__name__}: {error}"})
+            raise
+        self.log.write({"event": "end", "exit": int(self._exit), "state": self.state.value, "reason": self.reason,
+                        "ticks": self.timing.ticks, "missed": self.timing.missed})
+        return self._exit
+
+    def _loop(self, seconds: float) -> None:
+        period = 1 / self.settings.rate_hz
+        start = before = self.clock.now_s()
+        tick = 0
+        while self.state is not State.FAULT and not (self.state is State.SAFE_STOP and self._rests):
+            if self.state is not State.SAFE_STOP and (self._stop_asked or tick * period >= seconds):
+                why = "asked to stop" if self._stop_asked else "time is up"
+                held = self.state is State.HOLD
+                self._enter(State.SAFE_STOP, f"{why} in a hold: {self.reason}" if held else why,
+                            self._exit if held else Exit.DONE)
+            self._tick(tick)
+            late = self.clock.now_s() - (start + (tick + 1) * period)
+            self.timing.missed += late > 0
+            self.timing.ticks += 1
+            tick += 1 + max(0, math.ceil(late / period))  # ticks that have passed are left out, not caught up with
+            self.clock.sleep_until(start + tick * period)
+            now = self.clock.now_s()
+            self.timing.periods_s.append(now - before)
+            before = now
+
+    def stop(self) -> None:
+        """Bring the robot to rest and end `run`; may be called from a signal handler or another thread."""
+        self._stop_asked = True
+
+    @property
+    def _rests(self) -> bool:
+        near = np.abs(self.safety.position) < 1e-9 * (self.safety.high - self.safety.low)
+        return self.safety.at_rest and (self.settings.rest == "last" or bool(near.all()))
+
+    def _start(self) -> None:
+        seen = self.robot.observe()
+        self.safety.reset(np.zeros_like(seen.position) if self.settings.rest == "zero" else seen.position)
+        self._seen, self._changed_s = seen, self.clock.now_s()
+        self._since_s = self._changed_s
+
+    def _tick(self, tick: int) -> None:
+        now = self.clock.now_s()
+        record: dict[str, Any] = {"tick": tick, "time_s": now}
+        try:
+            if self._exit is not Exit.EMERGENCY_STOP and self.robot.emergency_stop_pressed():
+                self._enter(State.SAFE_STOP, "emergency stop pressed", Exit.EMERGENCY_STOP)
+            lost = self._observe(now)
+            self._think(tick, now, lost)
+            wish = self.scheme.action(tick)
+            command = self._command(wish, now, lost)
+            record |= {"state": self.state.value, "reason": self.reason, "wish": wish, "command": command,
+                       "obs": None if self._seen is None else self._seen.values}
+            self.robot.command(command)
+        except ConnectionError as error:
+            self._was_lost = True
+            self._miss(f"connection lost: {error}", Exit.CONNECTION, now)
+            if self.state is State.SAFE_STOP:  # it cannot be brought to rest from here
+                self._enter(State.FAULT, f"connection lost ({error}) after: {self.reason}",
+                            Exit(self._exit or Exit.CONNECTION))
+            record |= {"state": self.state.value, "reason": self.reason}
+        self.log.write(record)
+
+    def _observe(self, now: float) -> str | None:
+        """Look, and say why what was seen cannot be used."""
+        seen = self.robot.observe()
+        if self._was_lost and self.settings.rest == "last":
+            self._find_again(seen)
+        self._was_lost = False
+        if self._seen is None or not np.array_equal(seen.values, self._seen.values):
+            self._changed_s = now
+        self._seen = seen
+        box = self.settings.workspace
+        if box is not None and seen.tool is not None and self.state is not State.SAFE_STOP \
+                and not ((seen.tool >= box[0]) & (seen.tool <= box[1])).all():
+            self._enter(State.SAFE_STOP, f"the tool is at {seen.tool.tolist()}, outside its box {box}", Exit.WORKSPACE)
+        if not np.isfinite(seen.values).all():
+            return "observation is not finite"
+        return self.settings.watchdog.blind(age_s=now - seen.measured_s, unchanged_s=now - self._changed_s)
+
+    def _find_again(self, seen: Observation) -> None:
+        try:
+            self.safety.reset(seen.position)  # it may have been moved meanwhile
+        except ValueError as error:
+            raise ConnectionError(f"it is back where it must not be commanded: {error}") from None
+
+    def _think(self, tick: int, now: float, lost: str | None) -> None:
+        """Take what was decided and ask for what is wanted."""
+        self._take(now)
+        if lost is None and self.state is not State.SAFE_STOP and self._asked_s is None and self.scheme.wants(tick):
+            assert self._seen is not None
+            self._asked_s = now
+            self.inference.ask(tick, np.asarray(self._seen.values, np.float32))
+            self._take(now)
+
+    def _take(self, now: float) -> None:
+        answer = self.inference.answer()
+        if answer is None:
+            return
+        self._asked_s = None
+        if answer.error is not None:
+            self._miss(f"the policy failed: {answer.error}", Exit.LATE, now)
+        elif answer.chunk is not None:
+            self.scheme.add(answer.tick, answer.chunk)
+
+    def _command(self, wish: Array | None, now: float, lost: str | None) -> Array:
+        """What is sent: the wish through ramp and filter, or the way to rest."""
+        if self.state is State.SAFE_STOP:
+            return self._to_rest()
+        pending = None if self._asked_s is None else now - self._asked_s
+        late = self.settings.watchdog.late(pending_s=pending)
+        if lost is not None:
+            self._miss(lost, Exit.BLIND, now)
+        elif wish is None and late is None and self.state is State.IDLE:
+            pass  # the first chunk is on its way
+        elif wish is None or late is not None:
+            self._miss(late or "no chunk reaches this tick", Exit.LATE, now)
+        elif not np.isfinite(wish).all():
+            self.scheme.clear()
+            self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
+        else:
+            if self.state in (State.IDLE, State.HOLD):
+                self._begin = self.safety.position.copy()
+                self._enter(State.RAMP_IN, f"back after: {self.reason}" if self.reason else "started", Exit.DONE)
+            return self.safety.filter(self._ramped(wish, now))
+        return self._to_rest()
+
+    def _ramped(self, wish: Array, now: float) -> Array:
+        share = 1.0 if self.settings.ramp_s == 0 else (now - self._since_s) / self.settings.ramp_s
+        if self.state is State.RAMP_IN and share >= 1:
+            self._enter(State.RUNNING, self.reason, Exit.DONE)
+        return wish if self.state is State.RUNNING else self._begin + share * (wish - self._begin)
+
+    def _to_rest(self) -> Array:
+        if self.settings.rest == "zero":
+            return self.safety.filter(np.zeros_like(self.safety.position))
+        return self.safety.stop()
+
+    def _miss(self, reason: str, code: Exit, now: float) -> None:
+        """Hold, or stop for good when the hold has lasted too long."""
+        if self.state in (State.SAFE_STOP, State.FAULT):
+            return
+        if self.state is not State.HOLD:
+            self.scheme.clear()
+            self._enter(State.HOLD, reason, code)
+        elif self.settings.watchdog.expired(held_s=now - self._since_s):
+            self._enter(State.SAFE_STOP, f"held for too long: {self.reason}", self._exit)
+
+    def _enter(self, state: State, reason: str, code: Exit) -> None:
+        self.log.write({"event": "state", "from": self.state.value, "to": state.value, "reason": reason,
+                        "time_s": self.clock.now_s()})
+        self.state, self.reason, self._exit, self._since_s = state, reason, code, self.clock.now_s()
