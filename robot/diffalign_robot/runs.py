@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from diffalign.diffusion import DDPM, Schedule, VPPath
+from diffalign.config import build
+from diffalign.diffusion import DDPM, ODE, FlowPath, Prediction, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
-from diffalign_robot.choices import ChunkMLP, Environment
+from diffalign_robot.choices import Environment, Network
 from diffalign_robot.networks import ChunkDenoiser
 from diffalign_robot.source import chunk_denoiser
 
@@ -39,13 +40,19 @@ def config_of(folder: Path, command: str) -> dict[str, Any]:
     return config
 
 
-def build_policy(network: ChunkMLP, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
-                 normalizers: tuple[Normalizer, Normalizer] | None = None) -> DiffusionPolicy:
-    """A chunk policy on a K-step cosine DDPM; clip_x0 1, because chunks are normalized to [-1, 1] (DPPO)."""
+def build_policy(network: Network, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
+                 prediction: Prediction = "eps", normalizers: tuple[Normalizer, Normalizer] | None = None
+                 ) -> DiffusionPolicy:
+    """A chunk policy: K Euler steps of a flow for prediction `flow`, else a K-step cosine DDPM.
+
+    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO).
+    """
     observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
-    denoiser = ChunkDenoiser(network, chunk, observations, actions)
-    return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), Schedule(steps=denoising_steps),
-                           (chunk, action_dim), clip_x0=1.0)
+    denoiser = ChunkDenoiser(network, chunk, observations, actions, prediction=prediction)
+    schedule, event = Schedule(steps=denoising_steps), (chunk, action_dim)
+    if prediction == "flow":
+        return DiffusionPolicy(denoiser, FlowPath(), ODE(), schedule, event, clip_x0=1.0)
+    return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), schedule, event, clip_x0=1.0)
 
 
 def require_same_shapes(env_dims: tuple[int, int], policy_dims: tuple[int, int], environment: Environment) -> None:
@@ -88,7 +95,9 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
                          "or robot_preference run")
     shapes = checkpoint.shapes(newest_checkpoint(folder, _COMMAND))
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
-    return build_policy(ChunkMLP(**config["network"]), config["chunk"], obs_dim, action_dim, config["denoising_steps"])
+    network = build(Network, config["network"], str(folder / "config.yaml"))
+    return build_policy(network, config["chunk"], obs_dim, action_dim, config["denoising_steps"],
+                        prediction=config.get("prediction", "eps"))
 
 
 def steer(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:
