@@ -56,7 +56,7 @@ def test_trajectory_contents(generator):
         assert (leaf[:, 3] == 0).all()
     x = trajectory.x
     assert not torch.equal(x[0, 0], x[1, 0])  # rows start from their own noise
-    residual = (x[:, 1:4] - trajectory.mean[:, :3]) / trajectory.std[:, :3, None]
+    residual = (x[:, 1:4] - trajectory.mean[:, :3]) / trajectory.std[:, :3]
     assert 0.6 < residual.std() < 1.4  # 36 draws of N(0, 1): 3.4 standard errors
 
 

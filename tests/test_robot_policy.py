@@ -175,7 +175,7 @@ def test_all_decisions_share_the_trained_window():
     windows = set()
     for seed in range(6):
         rollout = EnvSource(env).collect(policy, generator=torch.Generator().manual_seed(seed))
-        scored = (rollout.trajectory.std > 0).float()
+        scored = (rollout.trajectory.std > 0).float().flatten(1)
         assert torch.equal(scored, rollout.trajectory.trained.float().expand_as(scored))
         windows.add(tuple(rollout.trajectory.trained.tolist()))
     assert len(windows) > 1

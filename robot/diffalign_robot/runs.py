@@ -13,6 +13,7 @@ import yaml
 from diffalign.config import build
 from diffalign.diffusion import DDPM, ODE, FlowPath, Prediction, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.injection import NoisyDenoiser, noisy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
@@ -78,14 +79,29 @@ def load_policy(folder: Path) -> DiffusionPolicy:
     policy = _unfilled(folder)
     denoiser: Any = policy.denoiser
     checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)
-    return policy
+    return deployed(policy)
+
+
+def deployed(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """The policy without the noise net of its training."""
+    denoiser: object = policy.denoiser
+    return replace(policy, denoiser=denoiser.denoiser) if isinstance(denoiser, NoisyDenoiser) else policy
+
+
+def add_noise(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:
+    """The policy with a fresh net that learns from the observation how much noise a step injects (ReinFlow)."""
+    normalizer = chunk_denoiser(policy).observation_normalizer
+    return replace(policy, denoiser=noisy(policy.denoiser, policy.event, len(normalizer.shift), hidden, key="obs",
+                                          normalizer=normalizer, seed=seed))
 
 
 def _unfilled(folder: Path) -> DiffusionPolicy:
     """The policy of a run with its architecture, weights to come."""
     config = config_of(folder, _COMMAND)
     if config["type"] in ("robot_align", "robot_preference"):
-        base = _unfilled(Path(config["base"]))
+        base = deployed(_unfilled(Path(config["base"])))
+        if config.get("noise") is not None:
+            return add_noise(base, config["noise"], seed=0)
         return base if config.get("steering") is None else steer(base, config["steering"], seed=0)
     if config["type"] == "robot_off_policy":
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
