@@ -74,7 +74,8 @@ BANDIT = {
                               matching=EIGHT), ODE(), "flow"),
     "fpo_plus-clip": (FPOPlus(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE, matching=EIGHT), CPS(),
                       "flow"),
-    "reinflow-fixed": (ReinFlow(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE), LOUD, "flow"),
+    "reinflow-fixed": (ReinFlow(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE),
+                       NoisyODE(min_std=0.3, max_std=0.5), "flow"),
     "flow_grpo-floor": (FlowGRPO(surrogate=WIDE, optimization=PLAN), FlowSDE(min_std=0.1), "flow"),
     "nft-v": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), DDPM(), "v"),
 }

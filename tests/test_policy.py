@@ -79,7 +79,7 @@ def test_untrained_steps(elsewhere, generator):
     for k in (0, 3):
         t = trajectory.times[k].expand(6)
         x0, eps = policy.predict(trajectory.x[:, k], t, COND)
-        still = policy.with_sampler(ODE()).step(trajectory.x[:, k], t, trajectory.times[k + 1].expand(6), x0, eps)
+        still = policy.with_sampler(ODE()).step(trajectory.x[:, k], t, trajectory.times[k + 1].expand(6), x0, eps, COND)
         gap = (trajectory.x[:, k + 1] - still.mean).abs().max().item()
         assert (gap < 1e-6) == elsewhere
 

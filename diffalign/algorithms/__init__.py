@@ -28,5 +28,6 @@ Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT | 
 PreferenceAlgorithm = Annotated[SePPO | DPO, Field(discriminator="type")]
 OffPolicyAlgorithm = Annotated[DSRL | ResidualRL | EXPO | Rerank, Field(discriminator="type")]
 
-__all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "FPO", "ORW", "Algorithm", "DiffusionNFT", "FPOPlus", "FlowGRPO", "GRPOGuard",
-           "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow", "Rerank", "ResidualRL", "SePPO"]
+__all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "FPO", "ORW", "Algorithm", "DiffusionNFT", "FPOPlus",
+           "FlowGRPO", "GRPOGuard", "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow", "Rerank", "ResidualRL",
+           "SePPO"]

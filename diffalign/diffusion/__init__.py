@@ -8,5 +8,6 @@ from diffalign.diffusion.trajectories import DenoisingTrajectory
 
 __all__ = [
     "CPS", "DDIM", "DDPM", "ODE", "DanceSDE", "DenoisingTrajectory", "FlowPath", "FlowSDE", "Gaussian",
-    "Kernel", "Level", "NoisyODE", "Path", "Prediction", "Schedule", "TrainedSteps", "VPPath", "convert", "standard_normal",
+    "Kernel", "Level", "NoisyODE", "Path", "Prediction", "Schedule", "TrainedSteps", "VPPath", "convert",
+    "standard_normal",
 ]

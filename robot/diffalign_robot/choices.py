@@ -32,19 +32,47 @@ class MetaWorld:
 
 @spec
 class Gymnasium:
-    """Any registered Gymnasium environment with Box observations and actions.
+    """Any registered Gymnasium environment with Box actions and Box or Dict observations.
 
     Success is info["success"] or info["is_success"] where the environment reports one. horizon None keeps the
-    environment's own time limit.
+    environment's own time limit. keys: the entries of a Dict observation that are read, one after the other (Fetch,
+    mazes and the Adroit hand of gymnasium-robotics: add achieved_goal for all of them). `module:Id-v0` imports a module
+    that registers the id.
     """
 
     type: Literal["gymnasium"] = "gymnasium"
     id: str
     horizon: int | None = None
+    keys: tuple[str, ...] = ("observation", "desired_goal")
 
     def __post_init__(self) -> None:
-        if self.horizon is not None and self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
+        _require_gymnasium(self.horizon, self.keys)
+
+
+@spec
+class Custom:
+    """A Gymnasium environment of your own: `factory` names a function without arguments, as module:function.
+
+    Otherwise as the gymnasium type.
+    """
+
+    type: Literal["custom"] = "custom"
+    factory: str
+    horizon: int | None = None
+    keys: tuple[str, ...] = ("observation", "desired_goal")
+
+    def __post_init__(self) -> None:
+        module, colon, function = self.factory.partition(":")
+        if not module or not colon or not function.isidentifier():
+            raise ValueError(f"factory must be module:function, e.g. my_robot.envs:make_arm, got {self.factory!r}")
+        _require_gymnasium(self.horizon, self.keys)
+
+
+def _require_gymnasium(horizon: int | None, keys: tuple[str, ...]) -> None:
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if not keys:
+        raise ValueError("keys must name at least one entry of the observation, got none")
 
 
 @spec
@@ -105,5 +133,5 @@ def _require_time_features(count: int) -> None:
         raise ValueError(f"time_features must be even and at least 4, got {count}")
 
 
-Environment = Annotated[MetaWorld | Gymnasium, Field(discriminator="type")]
+Environment = Annotated[MetaWorld | Gymnasium | Custom, Field(discriminator="type")]
 Network = Annotated[ChunkMLP | ChunkUNet | ChunkTransformer, Field(discriminator="type")]
