@@ -62,16 +62,16 @@ def test_a_cloned_flow_samples_the_distribution_of_the_data():
     sign = 2 * (torch.rand(2000, generator=draw) < 0.25 + 0.5 * (obs[:, 0] > 0.5)).float() - 1
     chunks = (0.6 * sign[:, None, None] + 0.05 * torch.randn(2000, 2, 1, generator=draw)).clamp(-1, 1)
     torch.manual_seed(0)
-    policy = build_policy(ChunkMLP(width=64, blocks=1), 2, 1, 1, 10, prediction="flow")
-    plan = Pretraining(steps=500, batch_size=256, learning_rate=3e-3)
+    policy = build_policy(ChunkMLP(width=128), 2, 1, 1, 10, prediction="flow")
+    plan = Pretraining(steps=500, batch_size=256, learning_rate=3e-3, ema_decay=0.99)
     state = fresh_state(plan, policy.denoiser, seed=0)
     for _ in fit(plan, policy, demonstration_batches(obs, chunks, 256), state):
         pass
     with state.ema_modules():
         for value, share in ((0.2, 0.25), (0.8, 0.75)):
             sample = policy.act({"obs": torch.full((1000, 1), value)}, generator=draw).action[..., 0]
-            assert (sample[:, 0] > 0).float().mean().item() == pytest.approx(share, abs=0.12)
-            assert ((sample.abs() - 0.6).abs() < 0.25).float().mean() > 0.85
+            assert (sample[:, 0] > 0).float().mean().item() == pytest.approx(share, abs=0.07)
+            assert ((sample.abs() - 0.6).abs() < 0.25).float().mean() > 0.9
             assert (sample[:, 0] * sample[:, 1] > 0).float().mean() > 0.95  # the actions of a chunk belong together
 
 

@@ -29,5 +29,5 @@ PreferenceAlgorithm = Annotated[SePPO | DPO, Field(discriminator="type")]
 OffPolicyAlgorithm = Annotated[DSRL | ResidualRL | EXPO | Rerank, Field(discriminator="type")]
 
 __all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "FPO", "ORW", "Algorithm", "DiffusionNFT", "FPOPlus",
-           "FlowGRPO", "GRPOGuard", "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow", "Rerank", "ResidualRL",
-           "SePPO"]
+           "FlowGRPO", "GRPOGuard", "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow", "Rerank",
+           "ResidualRL", "SePPO"]
