@@ -9,17 +9,19 @@ import torch
 from test_on_policy import Constant, flat_reward, setup
 from toys import PointMass, PromptBandit
 
-from diffalign.algorithms import AWM, DDPO, DPPO, ORW, DiffusionNFT, FlowGRPO, GRPOGuard
-from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps
+from diffalign.algorithms import AWM, DDPO, DPPO, FPO, ORW, DiffusionNFT, FlowGRPO, FPOPlus, GRPOGuard, ReinFlow
+from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, NoisyODE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
 from diffalign.rl.likelihoods import Matching
-from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
+from diffalign.rl.surrogates import AsymmetricPO, DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
 from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import frozen_copy
 
 PLAN = Optimization(epochs=3, minibatches=1)
 AVERAGED = replace(PLAN, ema_decay=0.5)
 WIDE = PPOClip(low=0.2, high=0.3)
+EIGHT = Matching(draws=8)
+LOUD = NoisyODE(min_std=0.1, max_std=0.5)
 
 
 class Robots(PointMass):
@@ -67,6 +69,14 @@ BANDIT = {
     "orw-best": (ORW(optimization=PLAN, matching=Matching(draws=8)), ODE(), "flow"),
     "orw-exp": (ORW(optimization=PLAN, matching=Matching(draws=8), advantage=GroupNormalized(),
                     surrogate=WeightedRegression(temperature=0.5)), FlowSDE(), "flow"),
+    "fpo": (FPO(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE, matching=EIGHT), ODE(), "flow"),
+    "fpo_plus-aspo": (FPOPlus(optimization=PLAN, advantage=GroupNormalized(), surrogate=AsymmetricPO(limit=0.2),
+                              matching=EIGHT), ODE(), "flow"),
+    "fpo_plus-clip": (FPOPlus(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE, matching=EIGHT), CPS(),
+                      "flow"),
+    "reinflow-fixed": (ReinFlow(optimization=PLAN, advantage=GroupNormalized(), surrogate=WIDE),
+                       NoisyODE(min_std=0.3, max_std=0.5), "flow"),
+    "flow_grpo-floor": (FlowGRPO(surrogate=WIDE, optimization=PLAN), FlowSDE(min_std=0.1), "flow"),
     "nft-v": (DiffusionNFT(matching=Matching(draws=8), optimization=AVERAGED), DDPM(), "v"),
 }
 
@@ -98,6 +108,9 @@ ROBOT = {
     "ddpo": (DDPO(surrogate=WIDE, optimization=PLAN), DDPM(min_std=0.1), "eps"),
     "flow_grpo": (FlowGRPO(surrogate=WIDE, optimization=PLAN, advantage=GroupNormalized()), FlowSDE(), "flow"),
     "guard": (GRPOGuard(optimization=PLAN, advantage=GAE()), FlowSDE(), "flow"),
+    "fpo": (FPO(optimization=PLAN, surrogate=WIDE), ODE(), "flow"),
+    "fpo_plus": (FPOPlus(optimization=PLAN, surrogate=AsymmetricPO(limit=0.2)), ODE(), "flow"),
+    "dppo-cps-floor": (DPPO(surrogate=WIDE, optimization=PLAN), CPS(min_std=0.1), "flow"),
     "nft": (DiffusionNFT(optimization=AVERAGED, advantage=GAE()), ODE(), "flow"),
     "awm": (AWM(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4)), ODE(), "flow"),
     "awr": (ORW(optimization=PLAN, advantage=GAE(), matching=Matching(draws=4),
@@ -108,6 +121,18 @@ ROBOT = {
 @pytest.mark.parametrize(("algorithm", "kernel", "prediction"), ROBOT.values(), ids=ROBOT)
 def test_the_point_mass_improves(algorithm, kernel, prediction):
     before, after = learn(algorithm, kernel, Robots(), prediction=prediction)
+    assert before < 0.0
+    assert after > before + 0.6
+
+
+REINFLOW = ReinFlow(optimization=PLAN, surrogate=WIDE)
+
+
+def test_reinflow_with_learned_noise_improves_both_toys():
+    before, after = learn(replace(REINFLOW, advantage=GroupNormalized()), LOUD, PromptBandit(), noise=(16,))
+    assert before < -1.1
+    assert after > -0.5
+    before, after = learn(REINFLOW, LOUD, Robots(), noise=(16,))
     assert before < 0.0
     assert after > before + 0.6
 

@@ -59,13 +59,14 @@ def test_every_spec_is_frozen_and_refuses_unknown_keys(kind):
 
 
 def test_the_specs_are_all_there():
-    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft", "orw", "noise_ppo", "dsrl",
-                                "residual", "expo", "rerank", "seppo", "dpo"]
+    assert list(ALGORITHMS) == ["ddpo", "flow_grpo", "grpo_guard", "dppo", "awm", "nft", "orw", "noise_ppo", "reinflow",
+                                "fpo", "fpo_plus", "dsrl", "residual", "expo", "rerank", "seppo", "dpo"]
     assert {name: list(members(union)) for name, union in choices.UNIONS.items()} == {
-        "paths": ["flow", "vp"], "kernels": ["ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps"],
+        "paths": ["flow", "vp"], "kernels": ["ddpm", "ddim", "ode", "flow_sde", "dance_sde", "cps", "noisy_ode"],
         "advantages": ["gae", "group", "best_of_group", "leave_one_out", "prompt_running"],
-        "surrogates": ["ppo_clip", "simple_po", "divergence_gate", "guard_clip", "contrastive_matching", "weighted"],
-        "likelihoods": ["transition", "matching", "start"]}
+        "surrogates": ["ppo_clip", "simple_po", "asymmetric_po", "divergence_gate", "guard_clip",
+                       "contrastive_matching", "weighted"],
+        "likelihoods": ["transition", "matching", "pooled_matching", "start"]}
     assert len(SPECS) >= 24
 
 

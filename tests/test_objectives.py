@@ -72,10 +72,10 @@ def test_guard_starts_as_the_policy_gradient_equalized_per_step(kernel, predicti
     now = policy.path.level(t, 1)
     x0, eps = policy.predict(rows.data["x"], t, rows.cond)
     nudge = 0.01 / (now.alpha + now.sigma)
-    moved = policy.step(rows.data["x"], t, t_next, x0 - now.sigma * nudge, eps + now.alpha * nudge)
+    moved = policy.step(rows.data["x"], t, t_next, x0 - now.sigma * nudge, eps + now.alpha * nudge, rows.cond)
     torch.testing.assert_close(now.alpha * (x0 - now.sigma * nudge) + now.sigma * (eps + now.alpha * nudge),
                                rows.data["x"], atol=1e-5, rtol=0)
-    leverage = (moved.mean - policy.step(rows.data["x"], t, t_next, x0, eps).mean).abs().mean(1) / 0.01
+    leverage = (moved.mean - policy.step(rows.data["x"], t, t_next, x0, eps, rows.cond).mean).abs().mean(1) / 0.01
     torch.testing.assert_close(new.leverage, leverage.detach(), rtol=1e-3, atol=1e-4)
     result = GuardClip(unit=unit)(new, rows)
     weight = rows.old.std.flatten() / leverage.detach()

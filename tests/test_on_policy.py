@@ -12,6 +12,7 @@ from toys import MLPDenoiser, PointMass, PromptBandit, toy_policy
 
 from diffalign.algorithms import AWM, DDPO, DPPO, ORW, DiffusionNFT, FlowGRPO
 from diffalign.diffusion import DDPM, ODE, FlowSDE, TrainedSteps
+from diffalign.policy.injection import noisy
 from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized
 from diffalign.rl.critics import ValueNet
 from diffalign.rl.likelihoods import Matching, Transition
@@ -36,12 +37,15 @@ def flat_reward(rollout):
     return replace(rollout, reward=torch.zeros_like(rollout.reward))
 
 
-def setup(kernel, prediction="flow", *, seed=0, critic=False, rates=1e-3, ema_decay=None, **options):
+def setup(kernel, prediction="flow", *, seed=0, critic=False, rates=1e-3, ema_decay=None, noise=None, **options):
     """(policy, state) of a toy."""
     torch.manual_seed(seed)
     if prediction == "eps":
         options.setdefault("clip_x0", 2.0)  # an untrained eps network divides by alpha = 0.03 at t = 1
-    policy = toy_policy(MLPDenoiser(prediction=prediction), kernel, **options)
+    denoiser = MLPDenoiser(prediction=prediction)
+    if noise is not None:
+        denoiser = noisy(denoiser, (2,), 1, noise, key="obs", seed=seed)
+    policy = toy_policy(denoiser, kernel, **options)
     modules = {"policy": policy.denoiser} | ({"critic": ValueNet(1, (16,))} if critic else {})
     return policy, TrainState.create(modules, dict.fromkeys(modules, rates), ema_decay=ema_decay, seed=seed)
 

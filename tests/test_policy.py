@@ -56,7 +56,7 @@ def test_trajectory_contents(generator):
         assert (leaf[:, 3] == 0).all()
     x = trajectory.x
     assert not torch.equal(x[0, 0], x[1, 0])  # rows start from their own noise
-    residual = (x[:, 1:4] - trajectory.mean[:, :3]) / trajectory.std[:, :3, None]
+    residual = (x[:, 1:4] - trajectory.mean[:, :3]) / trajectory.std[:, :3]
     assert 0.6 < residual.std() < 1.4  # 36 draws of N(0, 1): 3.4 standard errors
 
 
@@ -79,7 +79,7 @@ def test_untrained_steps(elsewhere, generator):
     for k in (0, 3):
         t = trajectory.times[k].expand(6)
         x0, eps = policy.predict(trajectory.x[:, k], t, COND)
-        still = policy.with_sampler(ODE()).step(trajectory.x[:, k], t, trajectory.times[k + 1].expand(6), x0, eps)
+        still = policy.with_sampler(ODE()).step(trajectory.x[:, k], t, trajectory.times[k + 1].expand(6), x0, eps, COND)
         gap = (trajectory.x[:, k + 1] - still.mean).abs().max().item()
         assert (gap < 1e-6) == elsewhere
 

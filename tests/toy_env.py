@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
 POINT = "toy_env:ToyPoint-v0"
 
@@ -32,5 +32,32 @@ class PointRobot(gymnasium.Env):
         return self.position.copy(), float(success), success, False, {"success": success}
 
 
+
+class GoalPoint(gymnasium.Wrapper):
+    """The point with the Dict observation of goal environments; the origin is shown as a goal beside it."""
+
+    observation_space = Dict({"achieved_goal": Box(-5, 5, (2,), np.float32),
+                              "desired_goal": Box(-5, 5, (3,), np.float64), "observation": Box(-5, 5, (2,), np.float32),
+                              "picture": Box(0, 255, (4, 4, 3), np.uint8)})
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self.seen(obs), info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        return self.seen(obs), *rest
+
+    def seen(self, obs):
+        return {"achieved_goal": obs + 1, "desired_goal": np.full(3, 0.5), "observation": obs,
+                "picture": np.zeros((4, 4, 3), np.uint8)}
+
+
+def make_goal_point():
+    """A factory, as `toy_env:make_goal_point`."""
+    return GoalPoint(PointRobot())
+
+
 gymnasium.register("ToyPoint-v0", entry_point=PointRobot, max_episode_steps=50, kwargs={"gain": 1.0})
 gymnasium.register("ToySlowPoint-v0", entry_point=PointRobot, max_episode_steps=16, kwargs={"gain": 0.25})
+gymnasium.register("ToyGoalPoint-v0", entry_point=make_goal_point, max_episode_steps=50)

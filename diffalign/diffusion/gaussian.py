@@ -40,6 +40,12 @@ class Gaussian:
         per_element = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
         return per_element.flatten(1).sum(1)
 
+    def entropy(self) -> Float[Tensor, "N"]:
+        """sum(log std) + D/2 log(2 pi e), in nats."""
+        std = _wide(self.std)
+        _require_noise(std)
+        return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).expand(self.mean.shape).flatten(1).sum(1)
+
     def kl(self, other: Gaussian) -> Float[Tensor, "N"]:
         """Exact KL(self || other) in nats, summed over the event.
 

@@ -116,27 +116,31 @@ class FlowSDE:
 
     mean = x + [v + g^2/(2t) (x + (1-t) v)] dt, std = g sqrt(-dt), with x + (1-t) v = eps. At t = 1 the denominator
     uses the next grid time, as the authors do. Departure: the step that reaches t = 0 is noiseless (their base
-    pipeline noises it, which leaves noise of std 0.23 in the sample that the reward sees).
+    pipeline noises it, which leaves noise of std 0.23 in the sample that the reward sees), unless min_std, an
+    exploration floor as in DDPM, noises it.
     """
 
     type: Literal["flow_sde"] = "flow_sde"
     noise_level: float = 0.7
+    min_std: float = 0.0
     flow_only = True
 
     def __post_init__(self) -> None:
         _nonnegative("noise_level", self.noise_level)
+        _nonnegative("min_std", self.min_std)
 
     @property
     def stochastic(self) -> bool:
         """Whether a step has a density."""
-        return self.noise_level > 0
+        return self.noise_level > 0 or self.min_std > 0
 
     def moments(self, x: Float[Tensor, "N *E"], x0: Float[Tensor, "N *E"], eps: Float[Tensor, "N *E"],
                 now: Level, nxt: Level) -> Gaussian:
         """Drift with the score correction; std = g sqrt(-dt)."""
         t = now.sigma
         rest = torch.where(t < 1, 1 - t, 1 - nxt.sigma)
-        return _euler_maruyama(x, x0, eps, now, nxt, self.noise_level * (t / rest).sqrt())
+        step = _euler_maruyama(x, x0, eps, now, nxt, self.noise_level * (t / rest).sqrt())
+        return Gaussian(step.mean, step.std.clamp(min=self.min_std))
 
 
 @spec
@@ -173,25 +177,72 @@ class CPS:
     """Coefficient-preserving sampling (Wang & Yu 2025, arXiv 2509.05952): s = sigma' sin(a pi / 2).
 
     mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps keeps the noise level exact at every step given x0 (FlowSDE does
-    not) and is noiseless at sigma' = 0. With an uncertain x0, large steps shrink the spread of the samples.
+    not) and is noiseless at sigma' = 0 but for min_std, an exploration floor as in DDPM. With an uncertain x0, large
+    steps shrink the spread of the samples.
     Departure: the log-density is the true one (the authors' code drops the variance).
     """
 
     type: Literal["cps"] = "cps"
     noise_level: float = 0.8
+    min_std: float = 0.0
     flow_only = False
 
     def __post_init__(self) -> None:
+        _nonnegative("min_std", self.min_std)
         if not 0 <= self.noise_level <= 1:
             raise ValueError(f"noise_level must lie in [0, 1] (1 = all noise is fresh), got {self.noise_level}")
 
     @property
     def stochastic(self) -> bool:
         """Whether a step has a density."""
-        return self.noise_level > 0
+        return self.noise_level > 0 or self.min_std > 0
 
     def moments(self, x: Float[Tensor, "N *E"], x0: Float[Tensor, "N *E"], eps: Float[Tensor, "N *E"],
                 now: Level, nxt: Level) -> Gaussian:
-        """alpha' x0 + sigma' cos(a pi / 2) eps with std sigma' sin(a pi / 2)."""
+        """alpha' x0 + sigma' cos(a pi / 2) eps with std sigma' sin(a pi / 2), floored by min_std."""
         angle = self.noise_level * math.pi / 2
-        return Gaussian(nxt.alpha * x0 + nxt.sigma * math.cos(angle) * eps, nxt.sigma * math.sin(angle))
+        std = (nxt.sigma * math.sin(angle)).clamp(min=self.min_std)
+        return Gaussian(nxt.alpha * x0 + nxt.sigma * math.cos(angle) * eps, std)
+
+
+@spec
+class NoisyODE:
+    """The ODE step with noise of its own added, the last step included (ReinFlow, arXiv 2505.22094, sec. 4).
+
+    std is min_std; a denoiser that injects noise (policy/injection.py) says where between min_std and max_std it lies,
+    geometrically, for every number of the event. The drift is not corrected for the noise, so that samples are wider
+    than the ODE's (FlowSDE corrects it): for exploration, to be evaluated by the ODE. After `hold` of the training
+    max_std falls by a cosine to min_std + final (max_std - min_std), as published; final 1 keeps it.
+    """
+
+    type: Literal["noisy_ode"] = "noisy_ode"
+    min_std: float = 0.08
+    max_std: float = 0.16
+    hold: float = 0.35
+    final: float = 0.7
+    flow_only = False
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_std <= self.max_std:
+            raise ValueError(f"need 0 < min_std <= max_std, got {self.min_std} and {self.max_std}")
+        if not 0 <= self.hold < 1 or not 0 <= self.final <= 1:
+            raise ValueError(f"need 0 <= hold < 1 and 0 <= final <= 1, got {self.hold} and {self.final}")
+
+    def reach(self, progress: float) -> float:
+        """The share whose std is the largest one allowed at this share of the training, in [0, 1]."""
+        if self.min_std == self.max_std:
+            return 1.0
+        done = min(1.0, max(0.0, (progress - self.hold) / (1 - self.hold)))
+        kept = self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+        largest = self.min_std + kept * (self.max_std - self.min_std)
+        return math.log(largest / self.min_std) / math.log(self.max_std / self.min_std)
+
+    def between(self, share: Tensor) -> Tensor:
+        """min_std^(1 - share) max_std^share, for a share in [0, 1]."""
+        return self.min_std * (self.max_std / self.min_std) ** share
+
+    def moments(self, x: Float[Tensor, "N *E"], x0: Float[Tensor, "N *E"], eps: Float[Tensor, "N *E"],
+                now: Level, nxt: Level) -> Gaussian:
+        """alpha' x0 + sigma' eps, std min_std."""
+        return Gaussian(nxt.alpha * x0 + nxt.sigma * eps, torch.full_like(nxt.sigma, self.min_std))

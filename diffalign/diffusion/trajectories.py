@@ -19,7 +19,8 @@ Cond = Mapping[str, Tensor]  # conditioning; every leaf is [N, ...]
 class DenoisingTrajectory:
     """One denoising chain per row: k = 0 is noise, k = K is the sample.
 
-    `log_prob`, `mean` and `std` are zero on steps outside `trained`; `std` is per row and step.
+    `log_prob`, `mean` and `std` are zero on steps outside `trained`; `std` is per row and step, [N, K, 1, ...], or per
+    number where the noise was learned.
     """
 
     x: Float[Tensor, "N K1 *E"]
@@ -27,7 +28,7 @@ class DenoisingTrajectory:
     trained: Bool[Tensor, "K"]
     log_prob: Float[Tensor, "N K"]
     mean: Float[Tensor, "N K *E"]
-    std: Float[Tensor, "N K"]
+    std: Float[Tensor, "N K *S"]
     cond: Cond
 
     @property
@@ -39,8 +40,9 @@ class DenoisingTrajectory:
 def settled(action: Float[Tensor, "N *E"], cond: Cond) -> DenoisingTrajectory:
     """The chain of no steps that ends at `action`: a decision whose denoising is not scored."""
     rows, none = action.shape[0], action.new_zeros(action.shape[0], 0)
-    return DenoisingTrajectory(action[:, None], action.new_zeros(1), torch.zeros(0, dtype=torch.bool), none,
-                               action.new_zeros(rows, 0, *action.shape[1:]), none, cond)
+    moments = action.new_zeros(rows, 0, *action.shape[1:])
+    return DenoisingTrajectory(action[:, None], action.new_zeros(1), torch.zeros(0, dtype=torch.bool), none, moments,
+                               moments, cond)
 
 
 def concatenate(parts: Sequence[DenoisingTrajectory]) -> DenoisingTrajectory:

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.diffusion.gaussian import Gaussian, standard_normal
-from diffalign.diffusion.kernels import ODE, Kernel
+from diffalign.diffusion.kernels import ODE, Kernel, NoisyODE
 from diffalign.diffusion.paths import FlowPath, Path, convert
 from diffalign.diffusion.schedules import Schedule, TrainedSteps
 from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
+from diffalign.policy.injection import Injects
 from diffalign.policy.protocols import Decision, Denoiser, num_rows
 from diffalign.policy.steering import Steers
 
@@ -62,9 +63,12 @@ class DiffusionPolicy:
         return x0, eps
 
     def step(self, x: Float[Tensor, "M *E"], t: Float[Tensor, "M"], t_next: Float[Tensor, "M"],
-             x0: Float[Tensor, "M *E"], eps: Float[Tensor, "M *E"]) -> Gaussian:
-        """p(x_next | x) of the policy's kernel for a prediction made at (x, t)."""
-        return self.kernel.moments(x, x0, eps, self.path.level(t, x.ndim - 1), self.path.level(t_next, x.ndim - 1))
+             x0: Float[Tensor, "M *E"], eps: Float[Tensor, "M *E"], cond: Cond) -> Gaussian:
+        """p(x_next | x) of the policy's kernel for a prediction made at (x, t); std from the denoiser if it injects."""
+        step = self.kernel.moments(x, x0, eps, self.path.level(t, x.ndim - 1), self.path.level(t_next, x.ndim - 1))
+        if isinstance(self.kernel, NoisyODE) and isinstance(self.denoiser, Injects):
+            return Gaussian(step.mean, self.kernel.between(self.denoiser.noise_share(t, cond)))
+        return step
 
     def leverage(self, t: Float[Tensor, "M"], t_next: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
         """|d mean / d velocity| of a step: how far the mean of x_next moves when eps - x0 changes by one at fixed x.
@@ -99,7 +103,7 @@ class DiffusionPolicy:
 
         Raises: ValueError if given noise has another shape.
         """
-        rows, event_dims = num_rows(cond), len(self.event)
+        rows, silent = num_rows(cond), replace(self, kernel=ODE())
         device = next(iter(cond.values())).device
         times = self.schedule.times().to(device)
         window = self.window(generator) if trained is None else trained
@@ -117,8 +121,8 @@ class DiffusionPolicy:
         for k in range(self.schedule.steps):
             t, t_next = times[k].expand(rows), times[k + 1].expand(rows)
             x0, eps = self.predict(x, t, cond)
-            kernel = ODE() if self.trained.ode_elsewhere and not bool(window[k]) else self.kernel
-            step = kernel.moments(x, x0, eps, self.path.level(t, event_dims), self.path.level(t_next, event_dims))
+            sampler = silent if self.trained.ode_elsewhere and not bool(window[k]) else self
+            step = sampler.step(x, t, t_next, x0, eps, cond)
             noisy = bool((step.std > 0).all())
             if noisy:
                 x = step.sample(generator) if step_noise is None else step.mean + step.std * step_noise[:, k]
@@ -128,8 +132,8 @@ class DiffusionPolicy:
             trained[k] = scored
             xs.append(x)
             means.append(step.mean if scored else torch.zeros_like(x))
-            stds.append((step.std if scored else torch.zeros_like(step.std)).reshape(rows))
+            stds.append(step.std if scored else torch.zeros_like(step.std))
             log_probs.append(step.log_prob(x) if scored else torch.zeros(rows, device=device))
         trajectory = DenoisingTrajectory(torch.stack(xs, 1), times, trained, torch.stack(log_probs, 1),
-                                         torch.stack(means, 1), torch.stack(stds, 1), cond)
+                                         torch.stack(means, 1), torch.stack(torch.broadcast_tensors(*stds), 1), cond)
         return Decision(x, trajectory)

@@ -77,7 +77,8 @@ class Superposition:
         for k in range(host.schedule.steps):
             t, t_next = times[k].expand(rows), times[k + 1].expand(rows)
             level = host.path.level(t, len(host.event))
-            steps = [host.step(x, t, t_next, *at_matched_noise(policy, x, t, level, cond)) for policy in self.policies]
+            steps = [host.step(x, t, t_next, *at_matched_noise(policy, x, t, level, cond), cond)
+                     for policy in self.policies]
             means = torch.stack([step.mean for step in steps], 1)
             std = steps[0].std
             noise = torch.randn(x.shape, generator=generator, device=device)

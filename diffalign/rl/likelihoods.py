@@ -118,9 +118,8 @@ class TransitionExamples:
         first, last = int(trained[0]), int(trained[-1])
         spread = max(1, last - first)
         position = torch.ones_like(k, dtype=torch.float32) if last == first else (k - first) / spread
-        std = path.std[n, k]
         data = {"x": path.x[n, k], "x_next": path.x[n, k + 1], "t": path.times[k], "t_next": path.times[k + 1]}
-        old = Gaussian(path.mean[n, k], std.reshape(std.shape + (1,) * (path.x.ndim - 2)))
+        old = Gaussian(path.mean[n, k], path.std[n, k])
         left = (path.trained.shape[0] - 1 - k).to(self.advantage.dtype)
         return Rows(data, select_rows(path.cond, n), self.advantage[n] * self.discount**left, path.log_prob[n, k], old,
                     position.float())
@@ -156,7 +155,7 @@ class Transition:
         """Density of the stored x_next under the policy's kernel at the stored x."""
         data = rows.data
         x0, eps = policy.predict(data["x"], data["t"], rows.cond)
-        gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps)
+        gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps, rows.cond)
         leverage = policy.leverage(data["t"], data["t_next"])
         return Scored(gaussian.log_prob(data["x_next"]), gaussian, (x0, eps), gaussian.dims, leverage)
 

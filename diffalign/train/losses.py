@@ -87,6 +87,8 @@ def _penalties(pieces: OnPolicy, new: Scored, rows: Rows, anchors: Mapping[str, 
         found["kl/reference"] = pieces.reference_kl, reference_kl(new, scored["reference"])
     if pieces.reference_velocity:
         found["velocity/reference"] = pieces.reference_velocity, velocity_mse(new, scored["reference"])
+    if pieces.entropy and new.gaussian is not None:
+        found["entropy/minus"] = pieces.entropy, -new.gaussian.entropy() / new.dims
     if pieces.ema_velocity:
         found["velocity/ema"] = pieces.ema_velocity, velocity_mse(new, scored["ema"])
     return found

@@ -53,7 +53,8 @@ class OnPolicy:
     """A composition of pieces; the algorithm specs build it.
 
     reference_kl / reference_velocity hold the policy near the frozen reference, ema_velocity near its own average,
-    behavior_cloning near demonstrations; value_loss weighs the critic's squared error. behavior: which weights make
+    behavior_cloning near demonstrations; entropy rewards that of a denoising step, per number of the event; value_loss
+    weighs the critic's squared error. behavior: which weights make
     the rollouts and count as the old policy, the live ones or their average (DiffusionNFT's soft-updated old policy).
 
     Raises: ValueError where the pieces do not fit each other.
@@ -67,11 +68,13 @@ class OnPolicy:
     reference_velocity: float = 0.0
     ema_velocity: float = 0.0
     behavior_cloning: float = 0.0
+    entropy: float = 0.0
     value_loss: float = 0.5
     behavior: Literal["live", "averaged"] = "live"
 
     def __post_init__(self) -> None:
-        for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "value_loss"):
+        for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "entropy",
+                     "value_loss"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         gives = self.likelihood.provides
@@ -81,6 +84,9 @@ class OnPolicy:
         if self.reference_kl and "density" not in gives:
             raise ValueError(f"reference_kl={self.reference_kl} needs Gaussian steps, which the "
                              f"{type(self.likelihood).__name__} likelihood has not; use reference_velocity")
+        if self.entropy and "gaussian step" not in gives:
+            raise ValueError(f"entropy={self.entropy} needs Gaussian denoising steps, which the "
+                             f"{type(self.likelihood).__name__} likelihood has not; set it to 0")
         if (self.reference_velocity or self.ema_velocity) and "prediction" not in gives:
             raise ValueError(f"reference_velocity={self.reference_velocity} and ema_velocity={self.ema_velocity} need "
                              f"the denoiser's predictions, which the {type(self.likelihood).__name__} likelihood has "

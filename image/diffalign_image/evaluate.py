@@ -134,7 +134,7 @@ def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions
         total = policy.start(some).kl(anchor.start(some))
         for k in trajectory.trained.nonzero().flatten().tolist():
             x, t, t_next = trajectory.x[:, k], *(trajectory.times[k + i].expand(len(rows)) for i in (0, 1))
-            steps = [p.step(x, t, t_next, *p.predict(x, t, some)) for p in (policy, anchor)]
+            steps = [p.step(x, t, t_next, *p.predict(x, t, some), some) for p in (policy, anchor)]
             total += steps[0].kl(steps[1])
         totals.append(total)
     return torch.cat(totals)

@@ -8,10 +8,11 @@ from typing import Any, Literal, cast
 
 import torch
 
-from diffalign.algorithms import Algorithm
+from diffalign.algorithms import Algorithm, ReinFlow
 from diffalign.choices import Kernel
-from diffalign.diffusion import DDPM, TrainedSteps
+from diffalign.diffusion import DDPM, NoisyODE, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.injection import NoisyDenoiser
 from diffalign.policy.protocols import Denoiser
 from diffalign.rl.critics import ValueNet
 from diffalign.spec import spec
@@ -24,7 +25,7 @@ from diffalign_robot.cloning import demonstration_batches
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
-from diffalign_robot.runs import config_of, load_policy, steer
+from diffalign_robot.runs import add_noise, config_of, load_policy, steer
 from diffalign_robot.source import EnvSource, chunk_denoiser
 from diffalign_robot.vector import VectorEnv
 
@@ -42,7 +43,8 @@ class RobotAlign:
     """RL fine-tuning of the policy in the run folder `base`, one episode per environment and iteration.
 
     steering: hidden widths of a network that chooses the initial noise of the frozen base, for noise_ppo; null trains
-    the base itself.
+    the base itself. noise: hidden widths of a network that learns how much noise the noisy_ode kernel injects, for
+    reinflow. group: environments that start from the same seed, for advantages against a group.
     """
 
     type: Literal["robot_align"] = "robot_align"
@@ -56,6 +58,8 @@ class RobotAlign:
     reward_scale: float = 1.0
     critic_hidden: tuple[int, ...] = (256, 256)
     steering: tuple[int, ...] | None = None
+    noise: tuple[int, ...] | None = None
+    group: int = 1
     evaluation: Evaluation = Evaluation()
     save_every: int = 5
     seed: int = 0
@@ -65,6 +69,14 @@ class RobotAlign:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.algorithm.compose().require_steering(self.steering)
+        if self.group < 1 or self.num_envs % self.group:
+            raise ValueError(f"group must divide num_envs={self.num_envs}, got {self.group}")
+        if self.noise is not None and (self.steering is not None or not isinstance(self.exploration.kernel, NoisyODE)):
+            raise ValueError("a learned noise needs the noisy_ode kernel and no steering, got "
+                             f"{self.exploration.kernel} and steering={self.steering}")
+        if isinstance(self.algorithm, ReinFlow) and self.noise is None:
+            raise ValueError("reinflow learns the noise of its steps: set noise to the hidden widths of its network, "
+                             "e.g. [64, 64], and exploration.kernel to noisy_ode")
 
     def train(self, run: Run) -> None:
         """Evaluate, fine-tune with evaluations on the way, evaluate and film again."""
@@ -76,9 +88,10 @@ class RobotAlign:
         if state.step == 0:
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
-        loop = optimize(pieces, policy, EnvSource(env, self.reward_scale), state, reference=reference,
+        loop = optimize(pieces, policy, EnvSource(env, self.reward_scale, self.group), state, reference=reference,
                         demonstrations=self._demonstrations(pieces, policy))
         while state.step < self.iterations:
+            self._narrow(policy, state)
             iteration = next(loop)
             total = state.count("env_steps", iteration.metrics["env_steps"])
             run.log(iteration.step, {**iteration.metrics, "env_steps_total": total})
@@ -88,6 +101,11 @@ class RobotAlign:
         with state.ema_modules():
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
+
+    def _narrow(self, policy: DiffusionPolicy, state: TrainState) -> None:
+        denoiser: object = policy.denoiser
+        if isinstance(denoiser, NoisyDenoiser) and isinstance(policy.kernel, NoisyODE):
+            denoiser.narrow(policy.kernel, state.step / self.iterations)
 
     def _evaluate_if_due(self, run: Run, policy: DiffusionPolicy, env: VectorEnv, state: TrainState) -> None:
         last = state.step == self.iterations
@@ -116,6 +134,8 @@ class RobotAlign:
         policy = replace(load_policy(Path(self.base)), kernel=self.exploration.kernel, trained=self.exploration.trained)
         if self.steering is not None:
             policy = steer(policy, self.steering, seed=self.seed)
+        if self.noise is not None:
+            policy = add_noise(policy, self.noise, seed=self.seed)
         network, trained = chunk_denoiser(policy), cast(torch.nn.Module, policy.denoiser)
         modules: dict[str, torch.nn.Module] = {"policy": trained}
         plan = pieces.optimization

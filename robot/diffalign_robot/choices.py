@@ -32,19 +32,47 @@ class MetaWorld:
 
 @spec
 class Gymnasium:
-    """Any registered Gymnasium environment with Box observations and actions.
+    """Any registered Gymnasium environment with Box actions and Box or Dict observations.
 
     Success is info["success"] or info["is_success"] where the environment reports one. horizon None keeps the
-    environment's own time limit.
+    environment's own time limit. keys: the entries of a Dict observation that are read, one after the other (Fetch,
+    mazes and the Adroit hand of gymnasium-robotics: add achieved_goal for all of them). `module:Id-v0` imports a module
+    that registers the id.
     """
 
     type: Literal["gymnasium"] = "gymnasium"
     id: str
     horizon: int | None = None
+    keys: tuple[str, ...] = ("observation", "desired_goal")
 
     def __post_init__(self) -> None:
-        if self.horizon is not None and self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
+        _require_gymnasium(self.horizon, self.keys)
+
+
+@spec
+class Custom:
+    """A Gymnasium environment of your own: `factory` names a function without arguments, as module:function.
+
+    Otherwise as the gymnasium type.
+    """
+
+    type: Literal["custom"] = "custom"
+    factory: str
+    horizon: int | None = None
+    keys: tuple[str, ...] = ("observation", "desired_goal")
+
+    def __post_init__(self) -> None:
+        module, colon, function = self.factory.partition(":")
+        if not module or not colon or not function.isidentifier():
+            raise ValueError(f"factory must be module:function, e.g. my_robot.envs:make_arm, got {self.factory!r}")
+        _require_gymnasium(self.horizon, self.keys)
+
+
+def _require_gymnasium(horizon: int | None, keys: tuple[str, ...]) -> None:
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if not keys:
+        raise ValueError("keys must name at least one entry of the observation, got none")
 
 
 @spec
@@ -59,9 +87,51 @@ class ChunkMLP:
     def __post_init__(self) -> None:
         if self.width < 1 or self.blocks < 1:
             raise ValueError(f"width and blocks must be at least 1, got {self.width} and {self.blocks}")
-        if self.time_features < 4 or self.time_features % 2:
-            raise ValueError(f"time_features must be even and at least 4, got {self.time_features}")
+        _require_time_features(self.time_features)
 
 
-Environment = Annotated[MetaWorld | Gymnasium, Field(discriminator="type")]
-Network = Annotated[ChunkMLP, Field()]
+@spec
+class ChunkUNet:
+    """A 1-D convolutional U-Net over the actions of a chunk (Diffusion Policy, arXiv 2303.04137, sec. 4.1).
+
+    widths: channels of each level, one halving of the chunk between two; groups must divide all of them.
+    """
+
+    type: Literal["unet"] = "unet"
+    widths: tuple[int, ...] = (64, 128)
+    kernel: int = 5
+    groups: int = 8
+    time_features: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(f"widths must be multiples of groups={self.groups}, at least one, got {self.widths}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and at least 1, got {self.kernel}")
+        _require_time_features(self.time_features)
+
+
+@spec
+class ChunkTransformer:
+    """A transformer over the actions of a chunk with adaLN-zero conditioning (DiT, arXiv 2212.09748, sec. 3.2)."""
+
+    type: Literal["transformer"] = "transformer"
+    width: int = 128
+    blocks: int = 4
+    heads: int = 4
+    time_features: int = 32
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads and blocks at least 1, got width={self.width}, "
+                             f"heads={self.heads}, blocks={self.blocks}")
+        _require_time_features(self.time_features)
+
+
+def _require_time_features(count: int) -> None:
+    if count < 4 or count % 2:
+        raise ValueError(f"time_features must be even and at least 4, got {count}")
+
+
+Environment = Annotated[MetaWorld | Gymnasium | Custom, Field(discriminator="type")]
+Network = Annotated[ChunkMLP | ChunkUNet | ChunkTransformer, Field(discriminator="type")]

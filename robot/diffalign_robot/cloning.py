@@ -1,4 +1,4 @@
-"""The job that clones demonstrations into a chunked diffusion policy."""
+"""The job that clones demonstrations into a chunked diffusion or flow policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffalign.policy.normalize import Normalizer
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, Pretraining, fit, fresh_state
-from diffalign_robot.choices import ChunkMLP, Environment
+from diffalign_robot.choices import ChunkMLP, Environment, Network
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -22,8 +22,10 @@ from diffalign_robot.source import chunk_denoiser
 
 @spec
 class RobotBC:
-    """Behaviour cloning of a chunked diffusion policy from the demonstrations in the run folder `base`.
+    """Behaviour cloning of a chunk policy from the demonstrations in the run folder `base`.
 
+    prediction: eps and x0 make a DDPM of denoising_steps steps, flow a rectified flow of as many Euler steps. x0 with
+    denoising_steps 1 is plain regression, the mean of a Gaussian policy; its initial noise is an input it need not use.
     normalizers_of: the run folder of a policy whose normalizers are taken instead of fitted ones, for policies that are
     to be composed: their noisy chunks must be in the same space.
     """
@@ -32,7 +34,8 @@ class RobotBC:
     base: str
     normalizers_of: str | None = None
     environment: Environment
-    network: ChunkMLP = ChunkMLP()
+    network: Network = ChunkMLP()
+    prediction: Literal["eps", "x0", "flow"] = "eps"
     chunk: int = 4
     denoising_steps: int = 10
     pretraining: Pretraining = Pretraining(steps=2500, time="grid")
@@ -89,7 +92,7 @@ class RobotBC:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             policy = build_policy(self.network, self.chunk, obs.shape[1], action.shape[2], self.denoising_steps,
-                                  normalizers=normalizers)
+                                  prediction=self.prediction, normalizers=normalizers)
         return policy, demonstration_batches(obs, normalizers[1].normalize(action), self.pretraining.batch_size)
 
     def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:

@@ -5,6 +5,7 @@ No torch here: worker processes import this module.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign_robot.choices import Environment, Gymnasium, MetaWorld
+from diffalign_robot.choices import Custom, Environment, Gymnasium, MetaWorld
 
 Array = NDArray[np.float32]
 
@@ -54,7 +55,34 @@ def make(spec: Environment) -> Episode:
         from diffalign_robot.meta_world import MetaWorldEpisode
 
         return MetaWorldEpisode(spec)
-    return GymnasiumEpisode(spec)
+    return GymnasiumEpisode(_gymnasium(spec), spec.id if isinstance(spec, Gymnasium) else spec.factory, spec.keys)
+
+
+def _gymnasium(spec: Gymnasium | Custom) -> Any:
+    """The environment of a registered id, or of a factory under the spec's time limit."""
+    choose_renderer()
+    import gymnasium
+
+    if isinstance(spec, Gymnasium):
+        try:
+            return gymnasium.make(spec.id, max_episode_steps=spec.horizon)
+        except gymnasium.error.Error as error:
+            raise ValueError(f"Gymnasium cannot make {spec.id!r}: {error}") from None
+    module, _, name = spec.factory.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there and lacks something itself
+        raise ValueError(f"factory {spec.factory!r}: no module named {error.name!r}; put its folder on PYTHONPATH"
+                         ) from None
+    factory = getattr(found, name, None)
+    if not callable(factory):
+        raise ValueError(f"factory {spec.factory!r}: {module} has no function {name!r}")
+    env = factory()
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(f"factory {spec.factory!r} must return a gymnasium.Env, got {type(env).__name__}")
+    return env if spec.horizon is None else gymnasium.wrappers.TimeLimit(env, spec.horizon)
 
 
 def choose_renderer() -> None:
@@ -64,36 +92,39 @@ def choose_renderer() -> None:
 
 
 class GymnasiumEpisode:
-    """A registered Gymnasium environment."""
+    """A Gymnasium environment; of a Dict observation the entries `keys`, flattened and joined."""
 
-    def __init__(self, spec: Gymnasium) -> None:
-        choose_renderer()
-        import gymnasium
+    def __init__(self, env: Any, name: str, keys: tuple[str, ...]) -> None:
+        """Raises: ValueError unless the actions are a flat Box and what is read of the observations flat Boxes."""
+        from gymnasium.spaces import Box, Dict
 
-        try:
-            self._env: Any = gymnasium.make(spec.id, max_episode_steps=spec.horizon)
-        except gymnasium.error.Error as error:
-            raise ValueError(f"Gymnasium cannot make {spec.id!r}: {error}") from None
-        for name in ("observation_space", "action_space"):
-            space = getattr(self._env, name)
-            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-                raise ValueError(f"{spec.id} has {name} {space}; a flat Box is needed")
-        self.obs_dim, self.action_dim = self._env.observation_space.shape[0], self._env.action_space.shape[0]
-        self.action_low = self._env.action_space.low.astype(np.float32)
-        self.action_high = self._env.action_space.high.astype(np.float32)
+        self._env, self._id, self._keys = env, name, keys
+        spaces = {"action_space": env.action_space, "observation_space": env.observation_space}
+        if isinstance(env.observation_space, Dict):
+            entries = spaces.pop("observation_space")
+            missing = [key for key in keys if key not in entries.spaces]
+            if missing:
+                raise ValueError(f"the observation of {name} has no {missing}; set keys to some of {list(entries)}")
+            spaces |= {key: entries[key] for key in keys}
+        for what, space in spaces.items():
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise ValueError(f"{name} has {what} {space}; a flat Box is needed")
+        self.obs_dim = sum(space.shape[0] for what, space in spaces.items() if what != "action_space")
+        self.action_dim = env.action_space.shape[0]
+        self.action_low = env.action_space.low.astype(np.float32)
+        self.action_high = env.action_space.high.astype(np.float32)
         self.control_rate_hz: float | None = None
-        self._id, self._viewer = spec.id, None
         self._obs = np.zeros(self.obs_dim, np.float32)
 
     def reset(self, seed: int) -> None:
         """Start an episode from the seed."""
-        self._obs = np.asarray(self._env.reset(seed=seed)[0], np.float32)
+        self._obs = self._flat(self._env.reset(seed=seed)[0])
 
     def advance(self, action: Array) -> Step:
         """One control step with the action clipped to the space."""
         clipped = np.clip(action, self.action_low, self.action_high)
         obs, reward, terminated, truncated, info = self._env.step(clipped)
-        self._obs = np.asarray(obs, np.float32)
+        self._obs = self._flat(obs)
         success = bool(info.get("success", info.get("is_success", False)))
         return Step(float(reward), bool(terminated), bool(truncated) and not terminated, success)
 
@@ -108,3 +139,7 @@ class GymnasiumEpisode:
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
+
+    def _flat(self, obs: Any) -> Array:
+        joined = np.concatenate([obs[key] for key in self._keys]) if isinstance(obs, dict) else obs
+        return np.asarray(joined, np.float32)

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from diffalign.diffusion import DDIM, DDPM, ODE, Kernel
+from diffalign.diffusion import CPS, DDIM, DDPM, ODE, FlowSDE, Kernel, NoisyODE
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
 from diffalign.train.statistics import mean_interval, wilson
@@ -35,7 +35,8 @@ def evaluation_policy(policy: QueuedBase, sampler: Sampler) -> QueuedBase: ...
 def evaluation_policy(policy: RobotPolicy, sampler: Sampler) -> RobotPolicy:
     """The policy as it is evaluated: without exploration floors, stochastic, from zero noise, or by the ODE.
 
-    An improved policy takes its actor's mean, and its base is sampled in that way. (The policy that fills a queue is
+    A flow's stochastic sampler is its kernel, for the ODE and for noisy_ode the ODE from a random start. An improved
+    policy takes its actor's mean, and its base is sampled in that way. (The policy that fills a queue is
     the environment's: build the QueuedEnv from the result.)
     """
     if isinstance(policy, ImprovedPolicy):
@@ -50,9 +51,9 @@ def evaluation_policy(policy: RobotPolicy, sampler: Sampler) -> RobotPolicy:
 
 
 def _without_floor(kernel: Kernel) -> Kernel:
-    if isinstance(kernel, DDPM):
-        return DDPM()
-    return DDIM(eta=kernel.eta) if isinstance(kernel, DDIM) else kernel
+    if isinstance(kernel, NoisyODE):  # all of its noise is exploration
+        return ODE()
+    return replace(kernel, min_std=0.0) if isinstance(kernel, DDPM | DDIM | FlowSDE | CPS) else kernel
 
 
 def seeds_for(seed: int, episodes: int) -> list[int]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-from diffalign.diffusion import DDPM, Schedule, VPPath
+from diffalign.config import build
+from diffalign.diffusion import DDPM, ODE, FlowPath, Prediction, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.injection import NoisyDenoiser, noisy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
-from diffalign_robot.choices import ChunkMLP, Environment
+from diffalign_robot.choices import Environment, Network
 from diffalign_robot.networks import ChunkDenoiser
 from diffalign_robot.source import chunk_denoiser
 
@@ -39,13 +41,19 @@ def config_of(folder: Path, command: str) -> dict[str, Any]:
     return config
 
 
-def build_policy(network: ChunkMLP, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
-                 normalizers: tuple[Normalizer, Normalizer] | None = None) -> DiffusionPolicy:
-    """A chunk policy on a K-step cosine DDPM; clip_x0 1, because chunks are normalized to [-1, 1] (DPPO)."""
+def build_policy(network: Network, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
+                 prediction: Prediction = "eps", normalizers: tuple[Normalizer, Normalizer] | None = None
+                 ) -> DiffusionPolicy:
+    """A chunk policy: K Euler steps of a flow for prediction `flow`, else a K-step cosine DDPM.
+
+    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO).
+    """
     observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
-    denoiser = ChunkDenoiser(network, chunk, observations, actions)
-    return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), Schedule(steps=denoising_steps),
-                           (chunk, action_dim), clip_x0=1.0)
+    denoiser = ChunkDenoiser(network, chunk, observations, actions, prediction=prediction)
+    schedule, event = Schedule(steps=denoising_steps), (chunk, action_dim)
+    if prediction == "flow":
+        return DiffusionPolicy(denoiser, FlowPath(), ODE(), schedule, event, clip_x0=1.0)
+    return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), schedule, event, clip_x0=1.0)
 
 
 def require_same_shapes(env_dims: tuple[int, int], policy_dims: tuple[int, int], environment: Environment) -> None:
@@ -71,14 +79,29 @@ def load_policy(folder: Path) -> DiffusionPolicy:
     policy = _unfilled(folder)
     denoiser: Any = policy.denoiser
     checkpoint.load_modules(found, {"policy": denoiser}, prefer_ema=True)
-    return policy
+    return deployed(policy)
+
+
+def deployed(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """The policy without the noise net of its training."""
+    denoiser: object = policy.denoiser
+    return replace(policy, denoiser=denoiser.denoiser) if isinstance(denoiser, NoisyDenoiser) else policy
+
+
+def add_noise(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:
+    """The policy with a fresh net that learns from the observation how much noise a step injects (ReinFlow)."""
+    normalizer = chunk_denoiser(policy).observation_normalizer
+    return replace(policy, denoiser=noisy(policy.denoiser, policy.event, len(normalizer.shift), hidden, key="obs",
+                                          normalizer=normalizer, seed=seed))
 
 
 def _unfilled(folder: Path) -> DiffusionPolicy:
     """The policy of a run with its architecture, weights to come."""
     config = config_of(folder, _COMMAND)
     if config["type"] in ("robot_align", "robot_preference"):
-        base = _unfilled(Path(config["base"]))
+        base = deployed(_unfilled(Path(config["base"])))
+        if config.get("noise") is not None:
+            return add_noise(base, config["noise"], seed=0)
         return base if config.get("steering") is None else steer(base, config["steering"], seed=0)
     if config["type"] == "robot_off_policy":
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
@@ -88,7 +111,9 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
                          "or robot_preference run")
     shapes = checkpoint.shapes(newest_checkpoint(folder, _COMMAND))
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
-    return build_policy(ChunkMLP(**config["network"]), config["chunk"], obs_dim, action_dim, config["denoising_steps"])
+    network = build(Network, config["network"], str(folder / "config.yaml"))
+    return build_policy(network, config["chunk"], obs_dim, action_dim, config["denoising_steps"],
+                        prediction=config.get("prediction", "eps"))
 
 
 def steer(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:

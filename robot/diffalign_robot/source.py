@@ -15,6 +15,7 @@ from diffalign.diffusion.trajectories import concatenate
 from diffalign.policy.compose import Composition
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
+from diffalign.policy.injection import NoisyDenoiser
 from diffalign.policy.protocols import Policy
 from diffalign.policy.steering import SteeredDenoiser
 from diffalign.rl.rollouts import Rollout
@@ -34,18 +35,28 @@ class EnvSource:
 
     No simulator state survives a collect, so a resumed run repeats it exactly. Rewards inside a chunk are summed and
     none is counted after the episode's end; a time limit truncates and does not terminate. reward_scale multiplies
-    rewards (for the critic's sake).
+    rewards (for the critic's sake). group: how many environments in a row start from the same seed and are one group
+    of the rollout, for advantages that compare equal starts.
+
+    Raises: ValueError if the environments do not make up whole groups.
     """
 
     env: VectorEnv
     reward_scale: float = 1.0
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.env.count % self.group:
+            raise ValueError(f"{self.env.count} environments do not make up groups of {self.group}; change num_envs")
 
     def collect(self, policy: Policy, *, generator: torch.Generator) -> Rollout:
         """Decide until every episode has ended."""
         unnormalize = chunk_denoiser(policy).action_normalizer.unnormalize
         window = policy.window(generator)
         start = time.perf_counter()
-        obs = torch.from_numpy(self.env.reset(episode_seeds(self.env.count, generator)))
+        number = torch.arange(self.env.count) // self.group
+        seeds = episode_seeds(self.env.count // self.group, generator)
+        obs = torch.from_numpy(self.env.reset([seeds[i] for i in number.tolist()]))
         alive = torch.ones(self.env.count, dtype=torch.bool)
         decisions, steps, valid, deciding = [], [], [], 0.0
         while bool(alive.any()):
@@ -65,7 +76,6 @@ class EnvSource:
                  "return": float(_stack(steps, "reward").sum(0).mean()),
                  "episode_decisions": float(torch.stack(valid).sum(0).float().mean()),
                  "time/rollout": total, "time/policy": deciding, "env_steps_per_s": executed / total}
-        number = torch.arange(self.env.count)
         signals = {name: torch.cat([d.signals[name] for d in decisions]) for name in decisions[0].signals}
         return Rollout(concatenate([d.trajectory for d in decisions]), self.reward_scale * _stack(steps, "reward"),
                        _stack(steps, "terminated"), _stack(steps, "truncated"), torch.stack(valid),
@@ -80,7 +90,7 @@ def chunk_denoiser(policy: Policy) -> ChunkDenoiser:
     denoiser: object = base.denoiser if isinstance(base, DiffusionPolicy) else base
     if isinstance(denoiser, Composition):
         return chunk_denoiser(denoiser.policies[0])
-    if isinstance(denoiser, SteeredDenoiser):
+    if isinstance(denoiser, SteeredDenoiser | NoisyDenoiser):
         denoiser = denoiser.denoiser
     if not isinstance(denoiser, ChunkDenoiser):
         raise TypeError(f"a robot policy needs a ChunkDenoiser with its normalizers, got {type(denoiser).__name__}")
