@@ -169,10 +169,10 @@ def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="guidance-distilled FLUX"):
             loaded(folders, name, distilled_guidance=3.5)
     for name, size in (("sd15", (18, 16)), ("sd3", (16, 18)), ("flux", (2, 16))):
-        with pytest.raises(ValueError, match="model.size must be two multiples of 4 pixels"):
+        with pytest.raises(ValueError, match=r"model\.size must be two multiples of 4 pixels"):
             _ = loaded(folders, name, size=size).event
+    family = loaded(folders, "sd15")
     with pytest.raises(ValueError, match="is derived for the flow path"):
-        family = loaded(folders, "sd15")
         DiffusionPolicy(family.network, family.path, FlowSDE(), Schedule(steps=2), family.event)
     DiffusionPolicy(family.network, family.path, DDIM(), Schedule(steps=2), family.event)
     for setting, message in (({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),

@@ -49,7 +49,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", *("a red blue cat dog bright dark sky".split())]
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "bright", "dark", "sky"]
     core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = Whitespace()
     core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -129,7 +129,8 @@ def _flux(**scheduler: object) -> FluxPipeline:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8))
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=autoencoder(4, scaling_factor=0.4, shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=autoencoder(4, scaling_factor=0.4, shift_factor=0.1),
         text_encoder=CLIPTextModel(clip_config(16, 16)), tokenizer=clip_tokenizer(), text_encoder_2=_t5(),
         tokenizer_2=t5_tokenizer(), transformer=transformer)
 

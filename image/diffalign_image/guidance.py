@@ -20,8 +20,8 @@ class Guidance:
     """Guidance u + scale * (c - u), switched on apart for drawing images and for scoring them.
 
     scale: 1 is none. sampling: rollouts and evaluations are guided. likelihood: the trained density or loss is that of
-    the guided prediction. Methods with a likelihood ratio (ddpo, flow_grpo, ...) need both alike; matching methods (awm,
-    nft) may draw guided images and match them without guidance, which distils it into the model.
+    the guided prediction. Methods with a likelihood ratio (ddpo, flow_grpo, ...) need both alike; matching methods
+    (awm, nft) may draw guided images and match them without guidance, which distils it into the model.
     """
 
     scale: float
@@ -59,7 +59,8 @@ class GuidedDenoiser(nn.Module):
             return asked
         both = {name: torch.cat([self._empty(name, leaf), leaf]) for name, leaf in cond.items()}
         without, given = self.network(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), both).chunk(2)
-        return without + self.scale * (given - without)
+        mixed: Tensor = without + self.scale * (given - without)
+        return mixed
 
     def _empty(self, name: str, like: Tensor) -> Tensor:
         return self.get_buffer(f"empty_{name}").expand_as(like)
