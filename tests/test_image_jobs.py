@@ -179,7 +179,8 @@ def test_shared_noise_starts_the_images_of_a_prompt_alike(parts: Parts) -> None:
 
 def test_path_kl_is_zero_at_the_reference_and_the_sum_of_step_kls_elsewhere(parts: Parts) -> None:
     policy = policy_of(parts, steps=3)
-    assert path_kl(policy, parts.denoiser, parts, CAPTIONS, seed=0).abs().max() == 0
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, CAPTIONS)
+    assert path_kl(policy, parts.denoiser, cond, seed=0).abs().max() == 0
 
     class Shifted(torch.nn.Module):
         prediction = "flow"
@@ -187,7 +188,7 @@ def test_path_kl_is_zero_at_the_reference_and_the_sum_of_step_kls_elsewhere(part
         def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
             return parts.denoiser(x, t, cond) + 0.01
 
-    found = path_kl(policy, Shifted(), parts, CAPTIONS, seed=0)
+    found = path_kl(policy, Shifted(), cond, seed=0)
     # v + d moves x0 by -t d and eps by (1 - t) d: mean' - mean = (t' cos (1 - t) - (1 - t') t) d, std = t' sin
     angle = torch.tensor(0.7 * torch.pi / 2)
     times = policy.schedule.times()

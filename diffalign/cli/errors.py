@@ -9,6 +9,8 @@ _EXTRA_OF = {
     "diffusers": "image",
     "transformers": "image",
     "PIL": "image",
+    "peft": "image",
+    "accelerate": "image",
     "gymnasium": "robot",
     "mujoco": "robot",
     "metaworld": "robot",

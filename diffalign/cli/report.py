@@ -31,6 +31,8 @@ _JOBS = {
     "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),
     "image_compose": ("Composition of image models", "weights tried", "Reward of each candidate in the search."),
     "image_best_of": ("Best of several images", "images drawn for one that is kept", ""),
+    "image_finetune": ("Fine-tuning of a pretrained image pipeline", "iterations",
+                       "Measured on the exploring policy's own images."),
     "image_preference": ("Image preference learning", "steps", "Measured on training batches."),
 }
 _MAX_CURVES = 9

@@ -143,7 +143,7 @@ class Transition:
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
                  *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> TransitionExamples:
         """All (n, k) with n chosen and k trained. Raises: ValueError if no step of the chain has a density."""
-        steps = trajectory.trained.nonzero().flatten()
+        steps = trajectory.trained.nonzero().flatten().to(advantage.device)
         if len(steps) == 0:
             raise ValueError(f"{policy.kernel} has no stochastic trained step, so there is no transition density to "
                              "improve; use DDPM, DDIM(eta > 0), FlowSDE or CPS, widen the trained steps, or use the "

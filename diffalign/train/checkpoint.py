@@ -71,8 +71,8 @@ def load(path: Path, state: TrainState) -> None:
     load_modules(path, state.modules)
     training = load_file(path / "training.safetensors")
     _unpack_optimizer(state.optimizer, training, record["optimizer"])
-    state.statistics = {name.removeprefix("statistics."): tensor for name, tensor in training.items()
-                        if name.startswith("statistics.")}
+    state.statistics = {name.removeprefix("statistics."): tensor.to(state.generator.device)
+                        for name, tensor in training.items() if name.startswith("statistics.")}
     state.generator.set_state(training["generator"])
     if state.ema is not None:
         state.ema.updates = record["ema_updates"]

@@ -18,7 +18,7 @@ from diffalign.train.state import TrainState
 
 Listener = Callable[[int, Mapping[str, float], str, int | None], None]
 _FIRST = (".config.yaml.partial",)  # all that a kill in create leaves
-_PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "gymnasium", "mujoco", "metaworld")
+_PACKAGES = ("diffalign", "torch", "numpy", "diffusers", "transformers", "peft", "gymnasium", "mujoco", "metaworld")
 
 
 @runtime_checkable

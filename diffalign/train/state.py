@@ -70,14 +70,15 @@ class TrainState:
             yield
             return
         module = self.modules["policy"]
-        live = {name: p.detach().clone() for name, p in module.named_parameters()}
+        live = {name: p.detach().clone() for name, p in module.named_parameters() if name in self.ema.weights}
         self.ema.copy_to(module)
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, p in module.named_parameters():
-                    p.copy_(live[name])
+                    if name in live:
+                        p.copy_(live[name])
 
 
 def scale_learning_rates(state: TrainState, factor: float) -> None:

@@ -14,7 +14,7 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_image.evaluate import Evaluation
 from diffalign_image.rewards import AnyReward
-from diffalign_image.runs import Models
+from diffalign_image.runs import Models, drive, require_positive
 from diffalign_image.source import training_prompts
 
 
@@ -55,11 +55,7 @@ class ImageAlign:
         if pieces.needs_critic:
             raise ValueError(f"algorithm {self.algorithm.type} needs a value critic, which image jobs do not have; "
                              "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
-        for name in ("iterations", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1 or null, got {self.evaluate_every}")
+        require_positive(self, "iterations", "checkpoint_every", "evaluate_every")
 
     def train(self, run: Run) -> None:
         """Align or go on, with evaluations on held-out captions before, during and after."""
@@ -69,19 +65,9 @@ class ImageAlign:
                                   weight_decay=plan.weight_decay, ema_decay=plan.ema_decay, seed=self.seed)
         source = training_prompts(models.parts, self.reward, prompts=self.prompts_per_update,
                                   images_per_prompt=self.images_per_prompt, shared_noise=self.shared_noise)
-        if not run.restore(state):
-            models.report(run, "before", self.evaluation, state)
-            run.save(state)
-        run.total = self.iterations
         loop = optimize(pieces, models.policy, source, state, reference=models.reference)
-        while state.step < self.iterations:
-            iteration = next(loop)
-            run.log(iteration.step, iteration.metrics)
-            if self.evaluate_every and state.step % self.evaluate_every == 0 and state.step < self.iterations:
-                models.report(run, f"step_{state.step:06d}", self.evaluation, state)
-            if state.step % self.checkpoint_every == 0 or state.step == self.iterations:
-                run.save(state)
-        models.report(run, "after", self.evaluation, state)
+        drive(run, state, loop, lambda name: models.report(run, name, self.evaluation, state),
+              iterations=self.iterations, evaluate_every=self.evaluate_every, checkpoint_every=self.checkpoint_every)
         models.save(run, self.schedule, state)
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:

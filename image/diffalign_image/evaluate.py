@@ -5,32 +5,33 @@ Legend: P prompts x G images of each = N rows; K denoising steps.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffalign.diffusion import ODE
+from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import Denoiser, select_rows
+from diffalign.policy.protocols import Denoiser, num_rows, select_rows
 from diffalign.policy.steering import Steers
 from diffalign.spec import spec
 from diffalign.train.statistics import mean_interval
 from diffalign_image.autoencoder import decode_latents
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import measure, to_bytes
-from diffalign_image.shapes import SIZE, Split, scenes
+from diffalign_image.shapes import Split, scenes
 from diffalign_image.text import encode_captions
 
 Sampler = Literal["stochastic", "ode"]
 _BATCH = 64
-_ZOOM = 3
+_CELL, _THUMBNAIL = 96, 192  # pixels of a picture in a grid, at least and at most
 
 
 @spec
@@ -100,8 +101,7 @@ def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler
     result = {**summary(drawn, spec), "sampler": describe(chosen)}
     if reference is not None and (policy.kernel.stochastic or isinstance(policy.denoiser, Steers)):
         some = [captions[i % len(captions)] for i in range(spec.kl_images)]
-        mean, low, high = mean_interval(path_kl(policy, reference, parts, some, seed=spec.seed).tolist())
-        result |= {"kl_nats": mean, "kl_interval": [low, high], "kl_sampler": describe(policy)}
+        result |= kl_summary(policy, reference, encode_captions(parts.tokenizer, parts.text_encoder, some), spec.seed)
     return result
 
 
@@ -116,19 +116,24 @@ def summary(drawn: Drawn, spec: Evaluation) -> dict[str, Any]:
             "seed": spec.seed}
 
 
+def kl_summary(policy: DiffusionPolicy, reference: Denoiser, cond: Cond, seed: int) -> dict[str, Any]:
+    """Mean of `path_kl` with its 95 % interval, and the sampler whose chain it is."""
+    mean, low, high = mean_interval(path_kl(policy, reference, cond, seed=seed).tolist())
+    return {"kl_nats": mean, "kl_interval": [low, high], "kl_sampler": describe(policy)}
+
+
 @torch.no_grad()
-def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions: Sequence[str], *, seed: int
-            ) -> Float[Tensor, "N"]:
-    """KL(policy || reference) of the whole chain in nats, one estimate per caption [N].
+def path_kl(policy: DiffusionPolicy, reference: Denoiser, cond: Cond, *, seed: int) -> Float[Tensor, "N"]:
+    """KL(policy || reference) of the whole chain in nats, one estimate per row of cond [N].
 
     Sum over the start and the stochastic steps of the exact Gaussian KL at the states that the policy visits; its
     mean over trajectories is the exact KL of the path distributions (chain rule) and bounds that of the images.
     """
-    cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
-    generator, anchor = torch.Generator().manual_seed(seed), replace(policy, denoiser=reference)
+    device = next(iter(cond.values())).device
+    generator, anchor = torch.Generator(device).manual_seed(seed), replace(policy, denoiser=reference)
     everywhere = torch.ones(policy.schedule.steps, dtype=torch.bool)
     totals = []
-    for rows in _blocks(len(captions)):
+    for rows in _blocks(num_rows(cond)):
         some = select_rows(cond, rows)
         trajectory = policy.act(some, generator=generator, trained=everywhere.clone()).trajectory
         total = policy.start(some).kl(anchor.start(some))
@@ -141,24 +146,32 @@ def path_kl(policy: DiffusionPolicy, reference: Denoiser, parts: Parts, captions
 
 
 def save_grid(drawn: Drawn, target: Path, *, columns: int = 8) -> Path:
-    """Write the images as a PNG, each enlarged three times with its caption below."""
-    cell, text = SIZE * _ZOOM, 44
-    rows = -(-len(drawn.captions) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 4), rows * (cell + text)), "white")
+    """Write the images as a PNG with captions below; small ones are enlarged, large ones reduced to 192 pixels."""
+    pictures = [_thumbnail(Image.fromarray(pixels)) for pixels in to_bytes(drawn.images)]
+    width, height = pictures[0].size
+    rows, text = -(-len(pictures) // columns), 44
+    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + text)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (pixels, caption) in enumerate(zip(to_bytes(drawn.images), drawn.captions)):
-        corner = (i % columns) * (cell + 4), (i // columns) * (cell + text)
-        enlarged = np.kron(pixels, np.ones((_ZOOM, _ZOOM, 1), dtype=np.uint8))
-        sheet.paste(Image.fromarray(enlarged), corner)
-        below = corner[0] + 1, corner[1] + cell + 1
-        pen.multiline_text(below, _wrapped(caption), fill="black", font_size=10, spacing=1)
+    for i, (picture, caption) in enumerate(zip(pictures, drawn.captions, strict=True)):
+        corner = (i % columns) * (width + 4), (i // columns) * (height + text)
+        sheet.paste(picture, corner)
+        below = corner[0] + 1, corner[1] + height + 1
+        pen.multiline_text(below, _wrapped(caption, width), fill="black", font_size=10, spacing=1)
     sheet.save(target)
     return target
 
 
-def _wrapped(caption: str) -> str:
-    words = caption.split()
-    return "\n".join([" ".join(words[:3]), " ".join(words[3:-3]), " ".join(words[-3:])])
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    side = max(picture.size)
+    if side > _THUMBNAIL:
+        return picture.resize((picture.width * _THUMBNAIL // side, picture.height * _THUMBNAIL // side))
+    zoom = max(1, _CELL // side)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def _wrapped(caption: str, width: int) -> str:
+    """At most three lines of about 5 pixels a letter."""
+    return "\n".join(textwrap.wrap(caption, max(12, width // 5), max_lines=3, placeholder=" ..."))
 
 
 def _blocks(rows: int) -> Iterator[Tensor]:

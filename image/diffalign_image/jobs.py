@@ -3,7 +3,8 @@
 from diffalign_image.alignment import ImageAlign
 from diffalign_image.best_of import ImageBestOf
 from diffalign_image.composition import ImageCompose
+from diffalign_image.finetuning import ImageFinetune
 from diffalign_image.preference import ImagePreference
 from diffalign_image.pretraining import ImagePretrain
 
-JOBS = (ImagePretrain, ImageAlign, ImagePreference, ImageCompose, ImageBestOf)
+JOBS = (ImagePretrain, ImageAlign, ImagePreference, ImageCompose, ImageBestOf, ImageFinetune)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from diffalign.policy.protocols import Denoiser
 from diffalign.policy.steering import SteeredDenoiser, steered
 from diffalign.train import checkpoint
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.state import Iteration, TrainState, frozen_copy
 from diffalign_image import pipeline
 from diffalign_image.evaluate import Evaluation, Sampler, draw, evaluate, pick_captions, sampler_policy, save_grid
 from diffalign_image.model import JointDenoiser, TextTransformer
@@ -110,6 +110,31 @@ def newest_checkpoint(run: Run) -> Path:
         raise ValueError(f"{run.path} has no checkpoint yet; train it first with "
                          f"`diffalign train {run.path / 'config.yaml'} --run {run.path} --resume`")
     return found
+
+
+def drive(run: Run, state: TrainState, loop: Iterator[Iteration], report: Callable[[str], None], *, iterations: int,
+          evaluate_every: int | None, checkpoint_every: int) -> None:
+    """Start, or go on from the newest checkpoint, to `iterations`: log each, `report` before, during and after."""
+    if not run.restore(state):
+        report("before")
+        run.save(state)
+    run.total = iterations
+    while state.step < iterations:
+        iteration = next(loop)
+        run.log(iteration.step, iteration.metrics)
+        if evaluate_every and state.step % evaluate_every == 0 and state.step < iterations:
+            report(f"step_{state.step:06d}")
+        if state.step % checkpoint_every == 0 or state.step == iterations:
+            run.save(state)
+    report("after")
+
+
+def require_positive(job: object, *names: str) -> None:
+    """Raises: ValueError for the first named setting that is below 1; null passes."""
+    for name in names:
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1{' or null' if name == 'evaluate_every' else ''}, got {value}")
 
 
 def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, step: int,

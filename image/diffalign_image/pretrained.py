@@ -1,0 +1,171 @@
+"""A pretrained pipeline with its trainable part: loaded, guided, compared with its base, evaluated, exported.
+
+Legend: N images of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from diffalign import choices
+from diffalign.diffusion import Schedule, TrainedSteps
+from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import Denoiser
+from diffalign.spec import spec
+from diffalign.train.run import Run
+from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.statistics import mean_interval
+from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_grid
+from diffalign_image.families import Family, FamilyName, load
+from diffalign_image.guidance import Guidance, GuidedDenoiser
+from diffalign_image.lora import Lora, WithoutAdapters, add_lora, checkpoint_trainable_only, lora_layers
+from diffalign_image.prompts import Embeddings, Prompt
+from diffalign_image.rewards import Reward
+from diffalign_image.rewards.protocol import checked
+from diffalign_image.runs import record
+
+_GRID = 16  # pictures in the grids that training writes
+
+
+@spec
+class Model:
+    """A diffusers pipeline and what of it is trained.
+
+    path: folder or hub id. family: null reads it off model_index.json. size: (height, width) in pixels, null for the
+    model's own. lora: null trains all weights of the UNet or transformer, in float32. guidance: null is none.
+    distilled_guidance: the scale that guidance-distilled FLUX models take as an input. batch_rows: most images in one
+    call of the network (twice as many rows with guidance); it bounds the memory of sampling and scoring, gradients are
+    bounded by optimization.microbatch_rows.
+    """
+
+    path: str
+    family: FamilyName | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    size: tuple[int, int] | None = None
+    lora: Lora | None = Lora()
+    guidance: Guidance | None = None
+    distilled_guidance: float | None = None
+    batch_rows: int = 8
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.dtype != "float32":
+            raise ValueError(f"lora: null trains all weights, whose updates {self.dtype} rounds away; use dtype: "
+                             "float32, or lora, whose own weights are always float32")
+        if self.batch_rows < 1:
+            raise ValueError(f"batch_rows must be at least 1, got {self.batch_rows}")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded model. policy is what is trained and scored; sampling is the denoiser that draws (the same one, or the
+    one with the other guidance). references: the base as it draws and as it scores, None if it is not kept."""
+
+    family: Family
+    plan: Model
+    policy: DiffusionPolicy
+    sampling: GuidedDenoiser
+    embeddings: Embeddings
+    references: tuple[Denoiser, Denoiser] | None
+
+    @classmethod
+    def load(cls, plan: Model, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps, *, seed: int,
+             keep_reference: bool) -> Pretrained:
+        """Load, and add fresh adapters from the seed. Without LoRA a reference is a copy, made only if asked for.
+
+        Raises: ValueError for a pipeline that cannot be read or settings that do not fit it.
+        """
+        device = torch.device("cuda" if plan.device == "auto" and torch.cuda.is_available() else
+                              plan.device.replace("auto", "cpu"))
+        family = load(plan.path, plan.family, getattr(torch, plan.dtype), device, size=plan.size,
+                      distilled_guidance=plan.distilled_guidance)
+        if plan.lora is None:
+            family.trunk.requires_grad_(True)
+        else:
+            add_lora(family.trunk, plan.lora, family.lora_targets, seed=seed)
+        if plan.gradient_checkpointing:
+            cast(Any, family.trunk).enable_gradient_checkpointing()
+        guidance, empty = plan.guidance or Guidance(scale=1.0), family.encode_empty()
+        prediction = cast(Denoiser, family.network).prediction
+
+        def guided(network: nn.Module) -> tuple[GuidedDenoiser, GuidedDenoiser]:
+            scales = [guidance.scale if on else 1.0 for on in (guidance.sampling, guidance.likelihood)]
+            drawing, scoring = (GuidedDenoiser(network, prediction, empty, s, plan.batch_rows) for s in scales)
+            return drawing, scoring
+
+        drawing, scoring = guided(family.network)
+        references: tuple[Denoiser, Denoiser] | None = None
+        if plan.lora is not None:
+            checkpoint_trainable_only(scoring)
+            references = WithoutAdapters(drawing, family.trunk), WithoutAdapters(scoring, family.trunk)
+        elif keep_reference:
+            references = guided(frozen_copy(family.network))
+        policy = DiffusionPolicy(scoring, family.path, kernel, schedule, family.event, trained)
+        return cls(family, plan, policy, drawing, Embeddings(family.encode), references)
+
+    @property
+    def trained(self) -> GuidedDenoiser:
+        """The module that training changes."""
+        return cast(GuidedDenoiser, self.policy.denoiser)
+
+    @property
+    def sampler(self) -> DiffusionPolicy:
+        """The policy that draws images."""
+        return replace(self.policy, denoiser=self.sampling)
+
+    def draw(self, policy: DiffusionPolicy, prompts: Sequence[Prompt], seed: int) -> Drawn:
+        """One image per prompt. Image i depends on the seed and on i, not on how many are drawn with it."""
+        device = next(self.trained.parameters()).device
+        found = []
+        for i, prompt in enumerate(prompts):
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
+            latent = policy.act(self.embeddings([prompt.text]), generator=generator).action
+            found.append(self.family.decode(latent))
+        return Drawn(torch.cat(found), [prompt.text for prompt in prompts])
+
+    def evaluate(self, prompts: Sequence[Prompt], reward: Reward, *, images_per_prompt: int, seed: int, kl_images: int,
+                 sampler: Sampler = "ode") -> dict[str, Any]:
+        """The reward with a 95 % interval over prompt means, and the exact KL to the base in nats per image."""
+        chosen = sampler_policy(self.sampler, sampler)
+        repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        drawn = self.draw(chosen, repeated, seed)
+        values = reward(drawn.images, drawn.captions, [prompt.metadata for prompt in repeated])
+        values = checked(values, len(repeated), "the reward")
+        mean, low, high = mean_interval(values.double().reshape(len(prompts), -1).mean(1).tolist())
+        result = {"rewards": {"reward": {"mean": mean, "interval": [low, high]}}, "split": "evaluation",
+                  "prompts": len(prompts), "images": len(repeated), "seed": seed, "sampler": describe(chosen)}
+        if kl_images and self.references is not None and self.policy.kernel.stochastic:
+            some = self.embeddings([prompts[i % len(prompts)].text for i in range(kl_images)])
+            result |= kl_summary(self.sampler, self.references[0], some, seed)
+        return result
+
+    def grid(self, prompts: Sequence[Prompt], folder: Path, name: str, *, seed: int, count: int = _GRID,
+             base: bool = False) -> Path:
+        """folder/<name>.png: pictures by the ODE, of the model or of its base."""
+        policy = sampler_policy(self.sampler, "ode")
+        if base and self.references is not None:
+            policy = replace(policy, denoiser=self.references[0])
+        some = [prompts[i % len(prompts)] for i in range(count)]
+        return save_grid(self.draw(policy, some, seed), folder / f"{name}.png")
+
+    def save(self, run: Run, state: TrainState) -> None:
+        """The averaged weights: lora/ for `pipe.load_lora_weights`, or with all weights trained a pipeline/ folder."""
+        with state.ema_modules():
+            if self.plan.lora is None:
+                self.family.pipe.save_pretrained(run.folder("pipeline"))
+            else:
+                self.family.save_lora(lora_layers(self.family.trunk, self.plan.lora), run.folder("lora"))
+
+
+def report(model: Pretrained, run: Run, name: str, result: dict[str, Any], prompts: Sequence[Prompt], step: int, *,
+           seed: int) -> None:
+    """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
+    record(run, name, result, step)
+    model.grid(prompts, run.folder("samples"), name, seed=seed)

@@ -1,0 +1,139 @@
+"""Pipelines of the real diffusers classes with random weights, small enough to train in a second."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+TOKENS = 12
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token a letter, padded to 12."""
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=TOKENS)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "bright", "dark", "sky"]
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+                           extra_ids=0, model_max_length=TOKENS)
+
+
+def clip_config(width: int, projection: int) -> CLIPTextConfig:
+    vocabulary = 2 * len(LETTERS) + 2
+    return CLIPTextConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=projection,
+                          bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+
+
+def autoencoder(channels: int, **options: object) -> AutoencoderKL:
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8),
+                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                         layers_per_block=1, norm_num_groups=4, sample_size=16, mid_block_add_attention=False,
+                         **options)
+
+
+def unet(width: int, **options: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16),
+                                layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=width,
+                                **options)
+
+
+def ddim(**options: object) -> DDIMScheduler:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+                "set_alpha_to_one": True, "steps_offset": 1, "timestep_spacing": "trailing", **options}
+    return DDIMScheduler(**settings)
+
+
+def build(family: str, **scheduler: object) -> DiffusionPipeline:
+    """A tiny pipeline with weights from seed 0."""
+    torch.manual_seed(0)
+    return {"sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family](**scheduler)
+
+
+def save(family: str, folder: Path, **scheduler: object) -> Path:
+    build(family, **scheduler).save_pretrained(folder)
+    return folder
+
+
+def _sd15(**scheduler: object) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=autoencoder(4, scaling_factor=0.3), text_encoder=CLIPTextModel(clip_config(16, 16)),
+        tokenizer=clip_tokenizer(), unet=unet(16), scheduler=ddim(**scheduler), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+
+
+def _sdxl(**scheduler: object) -> StableDiffusionXLPipeline:
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+             "projection_class_embeddings_input_dim": 6 * 4 + 16, "use_linear_projection": True}
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(4, scaling_factor=0.13), text_encoder=CLIPTextModel(clip_config(16, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(16, 16)), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=unet(32, **added), scheduler=ddim(**scheduler))
+
+
+def _sd3(**scheduler: object) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        pos_embed_max_size=16)
+    encoders = [CLIPTextModelWithProjection(clip_config(16, 16)) for _ in range(2)]
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=autoencoder(4, scaling_factor=1.5, shift_factor=0.06), text_encoder=encoders[0], tokenizer=clip_tokenizer(),
+        text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(), text_encoder_3=_t5(), tokenizer_3=t5_tokenizer())
+
+
+def _flux(**scheduler: object) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=autoencoder(4, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=CLIPTextModel(clip_config(16, 16)), tokenizer=clip_tokenizer(), text_encoder_2=_t5(),
+        tokenizer_2=t5_tokenizer(), transformer=transformer)
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=11, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
