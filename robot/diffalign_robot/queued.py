@@ -123,8 +123,7 @@ def with_queue(obs: Float[Tensor, "N Do"], phase: Tensor, queue: Float[Tensor, "
 def queued_demonstrations(data: Demonstrations, chunks: DiffusionPolicy, generator: torch.Generator) -> Demonstrations:
     """The demonstrations as a QueuedEnv shows them: the policy is asked at every Ta-th observation of an episode."""
     phase = torch.cat([torch.arange(length) % chunks.event[0] for length in data.lengths.tolist()])
-    asked = torch.arange(len(data.obs)) - phase
     fresh = torch.cat([chunks.act({"obs": obs}, generator=generator).action
                        for obs in data.obs[phase == 0].split(_BLOCK)])
-    number = (phase == 0).cumsum(0)[asked] - 1
-    return Demonstrations(with_queue(data.obs, phase, fresh[number]), data.action, data.lengths, data.success)
+    chunk = (phase == 0).cumsum(0) - 1  # which of them is being played
+    return Demonstrations(with_queue(data.obs, phase, fresh[chunk]), data.action, data.lengths, data.success)
