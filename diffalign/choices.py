@@ -9,11 +9,11 @@ from pydantic import Field
 from diffalign.diffusion.kernels import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, NoisyODE
 from diffalign.diffusion.paths import FlowPath, VPPath
 from diffalign.rl.advantages import GAE, BestOfGroup, GroupNormalized, LeaveOneOut, PromptRunning
+from diffalign.rl.asymmetric import AsymmetricPO
 from diffalign.rl.likelihoods import Matching, Transition
 from diffalign.rl.pooled import PooledMatching
 from diffalign.rl.starts import Start
 from diffalign.rl.surrogates import (
-                      AsymmetricPO,
                       ContrastiveMatching,
                       DivergenceGate,
                       GuardClip,

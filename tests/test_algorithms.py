@@ -12,8 +12,9 @@ from toys import PointMass, PromptBandit
 from diffalign.algorithms import AWM, DDPO, DPPO, FPO, ORW, DiffusionNFT, FlowGRPO, FPOPlus, GRPOGuard, ReinFlow
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, NoisyODE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
+from diffalign.rl.asymmetric import AsymmetricPO
 from diffalign.rl.likelihoods import Matching
-from diffalign.rl.surrogates import AsymmetricPO, DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
+from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
 from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import frozen_copy
 

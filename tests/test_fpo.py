@@ -11,9 +11,10 @@ from toys import MLPDenoiser, toy_policy
 
 from diffalign.algorithms import FPO
 from diffalign.diffusion import ODE
+from diffalign.rl.asymmetric import AsymmetricPO
 from diffalign.rl.likelihoods import Matching, Scored
 from diffalign.rl.pooled import PooledMatching
-from diffalign.rl.surrogates import AsymmetricPO, GuardClip, PPOClip, SimplePO
+from diffalign.rl.surrogates import GuardClip, PPOClip, SimplePO
 
 DRAWS = 6
 

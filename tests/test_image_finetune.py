@@ -243,7 +243,7 @@ def test_batch_rows_change_memory_and_not_what_is_drawn(folder: Path) -> None:
         cond = model.embeddings([PROMPTS[i % 4] for i in range(5)])
         drawn.append(model.sampler.act(cond, generator=torch.Generator().manual_seed(0), noise=noise).action)
         assert max(sizes) == (2 if rows == 1 else 10)  # with and without the prompt
-    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
 
 
 def test_checkpointed_activations_give_the_same_gradients(folder: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Literal
 
 from diffalign import choices
 from diffalign.rl.advantages import GAE
+from diffalign.rl.asymmetric import AsymmetricPO
 from diffalign.rl.likelihoods import Matching
-from diffalign.rl.surrogates import AsymmetricPO
 from diffalign.spec import spec
 from diffalign.train.pieces import OnPolicy, Optimization
 

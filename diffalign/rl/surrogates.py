@@ -7,7 +7,7 @@ Legend: M rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -80,7 +80,8 @@ def step_factor(position: Float[Tensor, "M"], start: float, rate: float) -> Floa
     return start + (1 - start) * torch.expm1(rate * position) / math.expm1(rate)
 
 
-def _positive(owner: object, *names: str) -> None:
+def positive(owner: object, *names: str) -> None:
+    """Raises: ValueError naming the first of these settings that is not above 0."""
     for name in names:
         value = getattr(owner, name)
         if not value > 0:
@@ -106,7 +107,7 @@ class PPOClip:
     selective = False
 
     def __post_init__(self) -> None:
-        _positive(self, "low", "high", "step_rate", "step_start")
+        positive(self, "low", "high", "step_rate", "step_start")
         if self.unit == "per_dim" and self.low >= 1:
             raise ValueError(f"a per_dim low of {self.low} leaves no lower limit (1 - low must be positive)")
         if self.dual is not None and self.dual <= 1:
@@ -134,7 +135,7 @@ class SimplePO:
     selective = False
 
     def __post_init__(self) -> None:
-        _positive(self, "limit")
+        positive(self, "limit")
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Quadratically penalized loss."""
@@ -144,35 +145,6 @@ class SimplePO:
         loss = -(ratio * advantage - advantage.abs() * (ratio - 1) ** 2 / (2 * radius))
         held_low, held_high = (ratio < 1 - radius) & (advantage < 0), (ratio > 1 + radius) & (advantage > 0)
         return SurrogateLoss(scale * loss, held_low, held_high)
-
-
-@spec
-class AsymmetricPO:
-    """ASPO (FPO++, arXiv 2602.02481): PPO's clip where A >= 0, SPO's quadratic pull where A < 0.
-
-    -min(r A, clip(r, 1 - e, 1 + e) A), and -[r A - |A| (r - 1)^2 / (2 e)]. limit is e as in SimplePO; the log-ratio is
-    clamped to +-span before exp (nats, or the mean-over-dims log-ratio per_dim), without a gradient beyond.
-    """
-
-    type: Literal["asymmetric_po"] = "asymmetric_po"
-    limit: float = 0.05
-    unit: Unit = "nats"
-    span: float = 3.0
-    needs: ClassVar[Signal | None] = None
-    selective = False
-
-    def __post_init__(self) -> None:
-        _positive(self, "limit", "span")
-
-    def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
-        """One of the two losses per row."""
-        span = self.span * (1 if self.unit == "nats" else new.dims)
-        log_ratio = (new.log_prob - rows.old_log_prob).clamp(-span, span)
-        bounded = replace(new, log_prob=rows.old_log_prob + log_ratio)
-        clip = PPOClip(low=self.limit, high=self.limit, unit=self.unit)(bounded, rows)
-        pull = SimplePO(limit=self.limit, unit=self.unit)(bounded, rows)
-        loss = torch.where(rows.advantage < 0, pull.loss, clip.loss)
-        return SurrogateLoss(loss, pull.held_low, clip.held_high)
 
 
 @spec
@@ -189,7 +161,7 @@ class DivergenceGate:
     selective = False
 
     def __post_init__(self) -> None:
-        _positive(self, "limit")
+        positive(self, "limit")
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Gated loss. Raises: ValueError on a likelihood without Gaussian steps."""
@@ -223,7 +195,7 @@ class GuardClip:
     selective = False
 
     def __post_init__(self) -> None:
-        _positive(self, "low", "high")
+        positive(self, "low", "high")
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Clipped loss. Raises: ValueError on a likelihood without Gaussian steps."""
@@ -261,7 +233,7 @@ class ContrastiveMatching:
     selective = False
 
     def __post_init__(self) -> None:
-        _positive(self, "beta", "advantage_clip")
+        positive(self, "beta", "advantage_clip")
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """The loss; nothing is clipped. Raises: ValueError on a likelihood without stored predictions."""
@@ -295,9 +267,9 @@ class WeightedRegression:
     needs: ClassVar[Signal | None] = None
 
     def __post_init__(self) -> None:
-        _positive(self, "limit")
+        positive(self, "limit")
         if self.temperature is not None:
-            _positive(self, "temperature")
+            positive(self, "temperature")
 
     @property
     def selective(self) -> bool:
