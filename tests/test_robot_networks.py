@@ -96,6 +96,15 @@ def test_a_u_net_of_one_level_is_translation_equivariant_away_from_the_ends():
     torch.testing.assert_close(moved[:, 10:24], out[:, 8:22], rtol=1e-4, atol=1e-5)
 
 
+def test_the_skip_of_a_level_reaches_the_output_without_the_levels_below():
+    torch.manual_seed(0)
+    net = woken(UNet(ChunkUNet(widths=(16, 32), groups=4, time_features=16), (8, 2), 3))
+    with torch.no_grad():
+        net.shrink[0].weight.zero_()  # nothing of x reaches the lower level
+        one, other = (net(x, torch.full((1,), 0.5), torch.zeros(1, 3)) for x in torch.randn(2, 1, 8, 2))
+    assert float((one - other).abs().max()) > 1e-2
+
+
 def test_a_transformer_without_positions_is_permutation_equivariant():
     torch.manual_seed(0)
     net = woken(Transformer(NETWORKS["transformer"], (6, 2), 3))
