@@ -79,6 +79,8 @@ def robot_table(found: dict[str, list[Curve]]) -> list[str]:
     rows = ["| method | seeds | success, fresh episodes | environment steps | CPU s |", "|---|---|---|---|---|"]
     for method, curves in found.items():
         fresh = [curve.fresh for curve in curves if curve.fresh]
+        if not fresh:
+            continue
         played = sum(f["episodes"] for f in fresh)
         won = sum(round(f["success_rate"] * f["episodes"]) for f in fresh)
         low, high = wilson(won, played)

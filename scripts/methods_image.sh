@@ -6,15 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-runs/methods-image}
 methods=${METHODS:-ddpo flow_grpo guard awm nft orw seppo dpo noise_ppo best_of}
-export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-
-run() {  # NAME CONFIG OVERRIDES...: train in $out/NAME-$seed unless it is finished
-  local folder=$out/$1-$seed config=configs/image/$2.yaml resume=
-  shift 2
-  if [ -f "$folder/finished.json" ]; then return; fi
-  if [ -f "$folder/config.yaml" ]; then resume=--resume; fi
-  diffalign train "$config" "$@" --run "$folder" $resume
-}
+configs=configs/image
+source scripts/methods_run.bash
 
 for seed in "$@"; do
   run pretrain shapes_pretrain "seed=$seed"

@@ -6,15 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-runs/methods-robot}
 methods=${METHODS:-dppo awm nft guard noise_ppo seppo dsrl_sac dsrl_na residual residual_step expo rerank}
-export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-
-run() {  # NAME CONFIG OVERRIDES...: train in $out/NAME-$seed unless it is finished
-  local folder=$out/$1-$seed config=configs/robot/$2.yaml resume=
-  shift 2
-  if [ -f "$folder/finished.json" ]; then return; fi
-  if [ -f "$folder/config.yaml" ]; then resume=--resume; fi
-  diffalign train "$config" "seed=$seed" "$@" --run "$folder" $resume
-}
+configs=configs/robot
+source scripts/methods_run.bash
 
 fresh() {  # NAME: 300 episodes that training never saw
   local folder=$out/$1-$seed
@@ -25,18 +18,18 @@ fresh() {  # NAME: 300 episodes that training never saw
 }
 
 for seed in "$@"; do
-  run collect pick_place_collect
-  run bc pick_place_bc "base=$out/collect-$seed" workers=1
+  run collect pick_place_collect "seed=$seed"
+  run bc pick_place_bc "seed=$seed" "base=$out/collect-$seed" workers=1
   fresh bc
   for method in $methods; do
     case $method in
       rerank)
-        run rollouts pick_place_base_rollouts "policy=$out/bc-$seed"
-        run rerank pick_place_rerank "base=$out/bc-$seed" "demonstrations=[$out/rollouts-$seed,$out/collect-$seed]" workers=1 ;;
+        run rollouts pick_place_base_rollouts "seed=$seed" "policy=$out/bc-$seed"
+        run rerank pick_place_rerank "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/rollouts-$seed,$out/collect-$seed]" workers=1 ;;
       residual | residual_step | expo | dsrl_na)
-        run "$method" "pick_place_$method" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
-      seppo) run seppo pick_place_seppo "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
-      *) run "$method" "pick_place_$method" "base=$out/bc-$seed" workers=1 ;;
+        run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
+      seppo) run seppo pick_place_seppo "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
+      *) run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" workers=1 ;;
     esac
     fresh "$method"
   done

@@ -12,7 +12,7 @@ from tiny_pipelines import build, save
 
 from diffalign.diffusion import DDIM, ODE, FlowPath, FlowSDE, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign_image.families import FAMILIES, Family, family_of, load
+from diffalign_image.families import FAMILIES, Family, decode, family_of, load, trunk
 from diffalign_image.families.flux import pack, unpack
 from diffalign_image.guidance import Guidance, GuidedDenoiser
 
@@ -61,7 +61,7 @@ def test_the_core_draws_what_the_pipeline_draws(folders: dict[str, Path], name: 
     policy = DiffusionPolicy(denoiser, family.path, ODE(), Schedule(steps=STEPS, shift=SHIFT[name]), family.event)
     noise = torch.randn(2, *family.event)
     latents = policy.act(cond_of(family), generator=torch.Generator(), noise=noise).action
-    images, expected = family.decode(latents), drawn_by_pipeline(name, family, noise, scale)
+    images, expected = decode(family, latents), drawn_by_pipeline(name, family, noise, scale)
     assert images.shape == expected.shape
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
     assert (images[0] - images[1]).abs().max() > 1e-3
@@ -78,7 +78,7 @@ def test_prediction_is_the_pipelines_own_denoiser_call(folders: dict[str, Path],
         time = args[1] if len(args) > 1 else kwargs["timestep"]
         seen.append((sample.clone(), torch.as_tensor(time).clone(), output[0].clone()))
 
-    handle = family.trunk.register_forward_hook(record, with_kwargs=True)
+    handle = trunk(family).register_forward_hook(record, with_kwargs=True)
     drawn_by_pipeline(name, family, torch.randn(2, *family.event), scale=1.0)
     handle.remove()
     assert len(seen) == STEPS
@@ -124,8 +124,8 @@ def test_families_are_read_off_the_folder_with_their_paths_and_sizes(folders: di
         assert family_of(str(folders[name])) == name
         family = loaded(folders, name, size=(16, 32))
         assert family.event == (4, 8, 16)
-        assert not any(p.requires_grad for p in family.trunk.parameters())
-        images = family.decode(torch.randn(1, *family.event))
+        assert not any(p.requires_grad for p in trunk(family).parameters())
+        images = decode(family, torch.randn(1, *family.event))
         assert images.shape == (1, 3, 16, 32)
     assert loaded(folders, "sd15").event == (4, 8, 8)
     assert loaded(folders, "sd3").path == FlowPath()
@@ -152,7 +152,7 @@ def test_v_prediction_is_read_off_the_scheduler(tmp_path: Path) -> None:
     assert family.network.prediction == "v"
     noise = torch.randn(2, *family.event)
     policy = DiffusionPolicy(family.network, family.path, ODE(), Schedule(steps=STEPS), family.event)
-    images = family.decode(policy.act(cond_of(family), generator=torch.Generator(), noise=noise).action)
+    images = decode(family, policy.act(cond_of(family), generator=torch.Generator(), noise=noise).action)
     torch.testing.assert_close(images, drawn_by_pipeline("sd15", family, noise, 1.0), atol=1e-4, rtol=0)
 
 

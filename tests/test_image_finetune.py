@@ -22,7 +22,7 @@ from diffalign.train import checkpoint
 from diffalign.train.pieces import Optimization
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
-from diffalign_image.families import FAMILIES
+from diffalign_image.families import FAMILIES, trunk
 from diffalign_image.finetuning import ImageFinetune, PipelineSource, PromptEvaluation
 from diffalign_image.guidance import Guidance
 from diffalign_image.lora import Lora
@@ -122,7 +122,7 @@ def test_plain_diffusers_loads_what_was_learned(folder: Path, tmp_path: Path, fa
     model.save(Run(tmp_path), state)
     plain = DiffusionPipeline.from_pretrained(folder / family)
     trunk = plain.unet if "unet" in plain.components else plain.transformer
-    adapted = {name.replace(".base_layer", ""): tensor for name, tensor in model.family.trunk.state_dict().items()}
+    adapted = {name.replace(".base_layer", ""): tensor for name, tensor in trunk(model.family).state_dict().items()}
     for name, tensor in trunk.state_dict().items():
         assert torch.equal(adapted[name], tensor), name  # the base is untouched, to the bit
     cond = model.embeddings(PROMPTS[:2])
@@ -239,7 +239,7 @@ def test_batch_rows_change_memory_and_not_what_is_drawn(folder: Path) -> None:
     for rows in (1, 8):
         model = loaded(replace(chosen, model=replace(chosen.model, batch_rows=rows)))
         sizes: list[int] = []
-        model.family.trunk.register_forward_pre_hook(lambda module, args, sizes=sizes: sizes.append(len(args[0])))
+        trunk(model.family).register_forward_pre_hook(lambda module, args, sizes=sizes: sizes.append(len(args[0])))
         cond = model.embeddings([PROMPTS[i % 4] for i in range(5)])
         drawn.append(model.sampler.act(cond, generator=torch.Generator().manual_seed(0), noise=noise).action)
         assert max(sizes) == (2 if rows == 1 else 10)  # with and without the prompt

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.diffusion.trajectories import Cond
+from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
 
 _LOG_STD = (-5.0, 1.0)
@@ -35,14 +35,8 @@ class BoundedActor(nn.Module):
         self.event, self.key, self.std, self.takes_action = event, key, std, takes_action
         self.normalizer = normalizer or Normalizer(obs_dim)
         size = math.prod(event)
-        widths = [obs_dim + (size if takes_action else 0), *hidden]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]
-        last = nn.Linear(widths[-1], size if std is not None else 2 * size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*layers, last)
+        self.net = zero_headed(obs_dim + (size if takes_action else 0), hidden, size if std is not None else 2 * size,
+                               nn.ReLU, layer_norm=True)
 
     def forward(self, cond: Cond, action: Float[Tensor, "N *E"] | None, *, generator: torch.Generator | None
                 ) -> tuple[Float[Tensor, "N *E"], Float[Tensor, "N"]]:

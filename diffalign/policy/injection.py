@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from diffalign.diffusion.kernels import NoisyODE
 from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond
+from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.protocols import Denoiser
 
@@ -42,14 +42,7 @@ class NoiseShare(nn.Module):
         super().__init__()
         self.event, self.key = event, key
         self.normalizer = normalizer or Normalizer(features)
-        widths = [features + _TIMES, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.Tanh()]
-        last = nn.Linear(widths[-1], math.prod(event))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*layers, last)
+        self.net = zero_headed(features + _TIMES, hidden, math.prod(event), nn.Tanh)
 
     def forward(self, t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]:
         """The share of every row and number."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from diffalign.diffusion.gaussian import Gaussian
 from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond
+from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.protocols import Denoiser
 
@@ -40,13 +40,7 @@ class NoiseNet(nn.Module):
         super().__init__()
         self.event, self.key = event, key
         self.normalizer = normalizer or Normalizer(features)
-        layers: list[nn.Module] = []
-        for before, after in pairwise([features, *hidden]):
-            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU()]
-        last = nn.Linear(hidden[-1] if hidden else features, math.prod(event))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*layers, last)
+        self.net = zero_headed(features, hidden, math.prod(event), nn.SiLU, layer_norm=True)
         self.log_std = nn.Parameter(torch.zeros(()))
 
     def forward(self, cond: Cond) -> Gaussian:

@@ -6,12 +6,12 @@ Legend: N rows, D observation features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.diffusion.trajectories import Cond
+from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
 
 
@@ -24,14 +24,7 @@ class ValueNet(nn.Module):
         super().__init__()
         self.key = key
         self.normalizer = normalizer or Normalizer(obs_dim)
-        widths = [obs_dim, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.Mish()]
-        last = nn.Linear(widths[-1], 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*layers, last)
+        self.net = zero_headed(obs_dim, hidden, 1, nn.Mish)
 
     def forward(self, cond: Cond) -> Float[Tensor, "N"]:
         """Value per row."""

@@ -5,7 +5,9 @@ Legend: P policies, M samples, *E event axes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +38,16 @@ def successive_halving(candidates: Sequence[T], play: Callable[[T, int], float],
         if len(order) <= 2:
             return left[0], history
         episodes *= 2
+
+
+def found_weights(folder: Path) -> list[float]:
+    """The weights of a run's composition.json. Raises: ValueError naming the command that searches them."""
+    file = folder / "composition.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no composition.json yet; run the search with "
+                         f"`diffalign compose {folder / 'config.yaml'} --run {folder} --resume`")
+    weights: list[float] = json.loads(file.read_text())["weights"]
+    return weights
 
 
 def search_weights(predictions: Float[Tensor, "P M *E"], eps: Float[Tensor, "M *E"],

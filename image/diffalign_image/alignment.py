@@ -14,7 +14,7 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_image.evaluate import Evaluation
 from diffalign_image.rewards import AnyReward
-from diffalign_image.runs import Models, drive, require_positive
+from diffalign_image.runs import Models, drive, refuse_critic, require_positive
 from diffalign_image.source import training_prompts
 
 
@@ -52,9 +52,7 @@ class ImageAlign:
         pieces.require_steering(self.steering)
         if self.steering is not None and self.shared_noise:
             raise ValueError("with steering the initial noise is what is learned: shared_noise must be false")
-        if pieces.needs_critic:
-            raise ValueError(f"algorithm {self.algorithm.type} needs a value critic, which image jobs do not have; "
-                             "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
+        refuse_critic(self.algorithm)
         require_positive(self, "iterations", "checkpoint_every", "evaluate_every")
 
     def train(self, run: Run) -> None:

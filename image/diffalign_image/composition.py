@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from diffalign.policy.compose import compose, noise_predictions
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.run import Run
-from diffalign.train.search import search_weights
+from diffalign.train.search import found_weights, search_weights
 from diffalign_image import pipeline
 from diffalign_image.autoencoder import render_pool
 from diffalign_image.evaluate import Evaluation, draw, evaluate
@@ -105,8 +104,4 @@ class ImageCompose:
         return {**found, "parents": list(self.parents)}
 
     def _composed(self, run: Run, policies: list[DiffusionPolicy]) -> DiffusionPolicy:
-        file = run.path / "composition.json"
-        if not file.is_file():
-            raise ValueError(f"{run.path} has no composition.json yet; run the search with "
-                             f"`diffalign compose {run.path / 'config.yaml'} --run {run.path} --resume`")
-        return compose(policies, json.loads(file.read_text())["weights"])
+        return compose(policies, found_weights(run.path))

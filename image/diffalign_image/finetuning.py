@@ -21,11 +21,12 @@ from diffalign.train import checkpoint, distributed
 from diffalign.train.on_policy import optimize
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
+from diffalign_image.families import decode
 from diffalign_image.pretrained import Model, Pretrained, report
 from diffalign_image.prompts import Prompt, positions, read_prompts
 from diffalign_image.rewards import AnyReward, Reward
 from diffalign_image.rewards.protocol import checked
-from diffalign_image.runs import chosen_sampler, drive, newest_checkpoint, require_positive
+from diffalign_image.runs import chosen_sampler, drive, newest_checkpoint, refuse_critic, require_positive
 
 
 @spec
@@ -76,9 +77,7 @@ class ImageFinetune:
     def __post_init__(self) -> None:
         pieces = self.algorithm.compose()
         pieces.require_steering(None)
-        if pieces.needs_critic:
-            raise ValueError(f"algorithm {self.algorithm.type} needs a value critic, which image jobs do not have; "
-                             "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
+        refuse_critic(self.algorithm)
         switches = self.model.guidance
         if switches and switches.sampling != switches.likelihood and "density" in pieces.likelihood.provides:
             raise ValueError(f"algorithm {self.algorithm.type} compares densities of the chain that drew the images: "
@@ -175,7 +174,7 @@ class PipelineSource:
         cond = self.model.embeddings([prompt.text for prompt in prompts])
         drawing = replace(policy, denoiser=self.model.sampling)
         decision = drawing.act(cond, generator=generator)
-        images, device = self.model.family.decode(decision.action), decision.action.device
+        images, device = decode(self.model.family, decision.action), decision.action.device
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         reward = checked(self.reward(images, texts, metadata), len(texts), "the reward").to(device)
         group = torch.arange(first, first + share, device=device).repeat_interleave(self.images_per_prompt)

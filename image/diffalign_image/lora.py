@@ -87,7 +87,7 @@ class WithoutAdapters:
 
 def checkpoint_trainable_only(module: nn.Module) -> None:
     """From now on the module's state_dict holds its trainable parameters alone, and loading asks for no others."""
-    frozen = {name for name, tensor in module.state_dict().items()} - {
+    frozen = set(module.state_dict()) - {
         name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:

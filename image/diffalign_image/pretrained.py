@@ -22,7 +22,7 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.statistics import mean_interval
 from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_grid
-from diffalign_image.families import Family, FamilyName, load
+from diffalign_image.families import Family, FamilyName, decode, load, save_lora, trunk
 from diffalign_image.guidance import Guidance, GuidedDenoiser
 from diffalign_image.lora import Lora, WithoutAdapters, add_lora, checkpoint_trainable_only, lora_layers
 from diffalign_image.prompts import Embeddings, Prompt
@@ -87,11 +87,11 @@ class Pretrained:
         family = load(plan.path, plan.family, getattr(torch, plan.dtype), device, size=plan.size,
                       distilled_guidance=plan.distilled_guidance)
         if plan.lora is None:
-            family.trunk.requires_grad_(True)
+            trunk(family).requires_grad_(True)
         else:
-            add_lora(family.trunk, plan.lora, family.lora_targets, seed=seed)
+            add_lora(trunk(family), plan.lora, family.lora_targets, seed=seed)
         if plan.gradient_checkpointing:
-            cast(Any, family.trunk).enable_gradient_checkpointing()
+            cast(Any, trunk(family)).enable_gradient_checkpointing()
         guidance, empty = plan.guidance or Guidance(scale=1.0), family.encode_empty()
         prediction = cast(Denoiser, family.network).prediction
 
@@ -104,7 +104,7 @@ class Pretrained:
         references: tuple[Denoiser, Denoiser] | None = None
         if plan.lora is not None:
             checkpoint_trainable_only(scoring)
-            references = WithoutAdapters(drawing, family.trunk), WithoutAdapters(scoring, family.trunk)
+            references = WithoutAdapters(drawing, trunk(family)), WithoutAdapters(scoring, trunk(family))
         elif keep_reference:
             references = guided(frozen_copy(family.network))
         policy = DiffusionPolicy(scoring, family.path, kernel, schedule, family.event, trained)
@@ -127,7 +127,7 @@ class Pretrained:
         for i, prompt in enumerate(prompts):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
             latent = policy.act(self.embeddings([prompt.text]), generator=generator).action
-            found.append(self.family.decode(latent))
+            found.append(decode(self.family, latent))
         return Drawn(torch.cat(found), [prompt.text for prompt in prompts])
 
     def evaluate(self, prompts: Sequence[Prompt], reward: Reward, *, images_per_prompt: int, seed: int, kl_images: int,
@@ -161,7 +161,7 @@ class Pretrained:
             if self.plan.lora is None:
                 self.family.pipe.save_pretrained(run.folder("pipeline"))
             else:
-                self.family.save_lora(lora_layers(self.family.trunk, self.plan.lora), run.folder("lora"))
+                save_lora(self.family, lora_layers(trunk(self.family), self.plan.lora), run.folder("lora"))
 
 
 def report(model: Pretrained, run: Run, name: str, result: dict[str, Any], prompts: Sequence[Prompt], step: int, *,

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from diffalign import choices
+from diffalign.algorithms import Algorithm
 from diffalign.diffusion import FlowPath, Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.normalize import Normalizer
@@ -127,6 +128,13 @@ def drive(run: Run, state: TrainState, loop: Iterator[Iteration], report: Callab
         if state.step % checkpoint_every == 0 or state.step == iterations:
             run.save(state)
     report("after")
+
+
+def refuse_critic(algorithm: Algorithm) -> None:
+    """Raises: ValueError for an algorithm that needs a value critic."""
+    if algorithm.compose().needs_critic:
+        raise ValueError(f"algorithm {algorithm.type} needs a value critic, which image jobs do not have; "
+                         "use flow_grpo, ddpo or awm, or a group or prompt_running advantage")
 
 
 def require_positive(job: object, *names: str) -> None:

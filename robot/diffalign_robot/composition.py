@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from diffalign.policy.compose import compose, noise_predictions
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.run import Run
-from diffalign.train.search import search_weights
+from diffalign.train.search import found_weights, search_weights
 from diffalign_robot.choices import Environment
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
@@ -118,8 +117,5 @@ class RobotCompose:
 
     def trained_policy(self, run: Run) -> DiffusionPolicy:
         """The composition that the search found. Raises: ValueError if there was no search yet."""
-        file = run.path / "composition.json"
-        if not file.is_file():
-            raise ValueError(f"{run.path} has no composition.json yet; run the search with "
-                             f"`diffalign compose {run.path / 'config.yaml'} --run {run.path} --resume`")
-        return compose(self._parents(), json.loads(file.read_text())["weights"])
+        weights = found_weights(run.path)
+        return compose(self._parents(), weights)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign_image.families.flux import Flux
-from diffalign_image.families.protocol import Family, Network
+from diffalign_image.families.protocol import Family, Network, decode, save_lora, trunk
 from diffalign_image.families.sd3 import SD3
 from diffalign_image.families.sd15 import SD15
 from diffalign_image.families.sdxl import SDXL
@@ -18,7 +18,7 @@ from diffalign_image.families.sdxl import SDXL
 FamilyName = Literal["sd15", "sdxl", "sd3", "flux"]
 FAMILIES: dict[str, Any] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "flux": Flux}
 
-__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "family_of", "load"]
+__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "family_of", "load", "save_lora", "trunk"]
 
 
 def family_of(path: str) -> str:

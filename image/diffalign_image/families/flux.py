@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import decode, latent_sides
+from diffalign_image.families.protocol import latent_sides
 from diffalign_image.families.sd3 import JOINT_LORA_TARGETS
 
 _DEFAULT_SIDE = 1024
@@ -38,6 +37,7 @@ class Flux:
     size: Sequence[int] | None = None
     pipeline: ClassVar[Any] = FluxPipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    trunk_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_LORA_TARGETS
 
     @classmethod
@@ -49,11 +49,6 @@ class Flux:
                              "guidance input; set it to null")
         scale = (_DEFAULT_GUIDANCE if distilled_guidance is None else distilled_guidance) if embeds else None
         return cls(pipe, PackedTransformer(pipe.transformer, scale), size)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The transformer."""
-        return cast(nn.Module, self.pipe.transformer)
 
     @property
     def path(self) -> FlowPath:
@@ -76,14 +71,6 @@ class Flux:
     def encode_empty(self) -> dict[str, Tensor]:
         """The empty prompt."""
         return self.encode("")
-
-    def decode(self, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-        """Images in [-1, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def save_lora(self, layers: dict[str, Tensor], folder: File) -> None:
-        """folder/pytorch_lora_weights.safetensors."""
-        self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 class PackedTransformer(nn.Module):

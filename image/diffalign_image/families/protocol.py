@@ -30,17 +30,17 @@ class Network(Protocol):
 
 
 class Family(Protocol):
-    """A loaded pipeline as the core sees it. lora_targets: the names of the linear layers that LoRA adapts."""
+    """A loaded pipeline as the core sees it.
 
+    trunk_name: the part of the pipeline that is trained, `unet` or `transformer`. lora_targets: the names of its linear
+    layers that LoRA adapts.
+    """
+
+    trunk_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
 
     @property
     def pipe(self) -> Any: ...
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The UNet or transformer that is trained."""
-        ...
 
     @property
     def network(self) -> nn.Module:
@@ -65,13 +65,16 @@ class Family(Protocol):
         """The conditioning that the pipeline guides away from when no negative prompt is given."""
         ...
 
-    def decode(self, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-        """Images in [-1, 1]."""
-        ...
 
-    def save_lora(self, layers: dict[str, Tensor], folder: File) -> None:
-        """Write LoRA weights that the pipeline's `load_lora_weights(folder)` reads."""
-        ...
+def trunk(family: Family) -> nn.Module:
+    """The UNet or transformer that is trained."""
+    found: nn.Module = getattr(family.pipe, family.trunk_name)
+    return found
+
+
+def save_lora(family: Family, layers: dict[str, Tensor], folder: File) -> None:
+    """Write LoRA weights that the pipeline's `load_lora_weights(folder)` reads."""
+    family.pipe.save_lora_weights(folder, **{f"{family.trunk_name}_lora_layers": layers})
 
 
 def latent_sides(size: Sequence[int] | None, default: int, scale: int, multiple: int) -> tuple[int, int]:
@@ -87,7 +90,8 @@ def latent_sides(size: Sequence[int] | None, default: int, scale: int, multiple:
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
+def decode(family: Family, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
     """Images in [-1, 1] by the autoencoder, one at a time: memory does not grow with N."""
+    vae = family.pipe.vae
     raw = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     return torch.cat([vae.decode(one.to(vae.dtype)).sample.float() for one in raw.split(1)]).clamp(-1, 1)

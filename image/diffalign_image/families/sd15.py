@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import Prediction, VPPath
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import decode, latent_sides
+from diffalign_image.families.protocol import latent_sides
 
 UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -34,6 +33,7 @@ class SD15:
     size: Sequence[int] | None = None
     pipeline: ClassVar[Any] = StableDiffusionPipeline
     left_out: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")
+    trunk_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod
@@ -41,11 +41,6 @@ class SD15:
         """The family around a loaded pipeline. Raises: ValueError for a guidance embedding, which it has not."""
         refuse_distilled("sd15", distilled_guidance)
         return cls(pipe, UNet(pipe.unet, unet_prediction(pipe.scheduler)), size)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The UNet."""
-        return cast(nn.Module, self.pipe.unet)
 
     @property
     def path(self) -> VPPath:
@@ -66,14 +61,6 @@ class SD15:
     def encode_empty(self) -> dict[str, Float[Tensor, "1 L C"]]:
         """The empty prompt."""
         return self.encode("")
-
-    def decode(self, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-        """Images in [-1, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def save_lora(self, layers: dict[str, Tensor], folder: File) -> None:
-        """folder/pytorch_lora_weights.safetensors."""
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
 class UNet(nn.Module):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import decode, latent_sides
+from diffalign_image.families.protocol import latent_sides
 from diffalign_image.families.sd15 import refuse_distilled
 
 JOINT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -36,6 +35,7 @@ class SD3:
     size: Sequence[int] | None = None
     pipeline: ClassVar[Any] = StableDiffusion3Pipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    trunk_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_LORA_TARGETS
 
     @classmethod
@@ -43,11 +43,6 @@ class SD3:
         """The family around a loaded pipeline. Raises: ValueError for a guidance embedding, which it has not."""
         refuse_distilled("sd3", distilled_guidance)
         return cls(pipe, JointTransformer(pipe.transformer), size)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The transformer."""
-        return cast(nn.Module, self.pipe.transformer)
 
     @property
     def path(self) -> FlowPath:
@@ -71,14 +66,6 @@ class SD3:
     def encode_empty(self) -> dict[str, Tensor]:
         """The empty prompt."""
         return self.encode("")
-
-    def decode(self, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-        """Images in [-1, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def save_lora(self, layers: dict[str, Tensor], folder: File) -> None:
-        """folder/pytorch_lora_weights.safetensors."""
-        self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 class JointTransformer(nn.Module):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import Prediction, VPPath
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import decode
 from diffalign_image.families.sd15 import (
     UNET_LORA_TARGETS,
     refuse_distilled,
@@ -41,6 +39,7 @@ class SDXL:
     size: Sequence[int] | None = None
     pipeline: ClassVar[Any] = StableDiffusionXLPipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    trunk_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod
@@ -54,11 +53,6 @@ class SDXL:
             raise ValueError("vae/config.json has latents_mean, a scaling by channel that is not supported; "
                              "use an SDXL checkpoint with the original autoencoder")
         return cls(pipe, SizedUNet(pipe.unet, unet_prediction(pipe.scheduler)), size)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The UNet."""
-        return cast(nn.Module, self.pipe.unet)
 
     @property
     def path(self) -> VPPath:
@@ -82,14 +76,6 @@ class SDXL:
         with torch.no_grad():
             _, text, _, pooled = self.pipe.encode_prompt("", device=self.pipe.device, do_classifier_free_guidance=True)
         return {"text": text, "pooled": pooled, "size": self._size(text)}
-
-    def decode(self, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-        """Images in [-1, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def save_lora(self, layers: dict[str, Tensor], folder: File) -> None:
-        """folder/pytorch_lora_weights.safetensors."""
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
     def _size(self, like: Tensor) -> Float[Tensor, "1 6"]:
         """Original height and width, crop corner, target height and width."""
