@@ -121,9 +121,9 @@ def test_plain_diffusers_loads_what_was_learned(folder: Path, tmp_path: Path, fa
     state = TrainState.create({"policy": model.trained}, {"policy": 1e-3}, seed=0)
     model.save(Run(tmp_path), state)
     plain = DiffusionPipeline.from_pretrained(folder / family)
-    trunk = plain.unet if "unet" in plain.components else plain.transformer
+    plain_trunk = plain.unet if "unet" in plain.components else plain.transformer
     adapted = {name.replace(".base_layer", ""): tensor for name, tensor in trunk(model.family).state_dict().items()}
-    for name, tensor in trunk.state_dict().items():
+    for name, tensor in plain_trunk.state_dict().items():
         assert torch.equal(adapted[name], tensor), name  # the base is untouched, to the bit
     cond = model.embeddings(PROMPTS[:2])
     x, t = torch.randn(2, *model.family.event), torch.tensor([0.3, 0.9])
