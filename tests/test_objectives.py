@@ -272,8 +272,8 @@ def test_contrastive_matching_starts_as_a_weighted_policy_gradient_and_ignores_n
     """At the old policy: A / clip times the gradient of |x0_new - x0|^2 / w; beta does not matter there."""
     policy, rows, _ = rollout(ODE(), likelihood=Matching(draws=3))
     new = Matching().score(policy, rows)
-    torch.testing.assert_close(new.x0, rows.data["old_x0"])
-    error = new.x0 - rows.data["x0"]
+    torch.testing.assert_close(new.error, rows.data["old_error"])
+    error = new.predicted[0] - rows.data["x0"]
     width = error.detach().abs().mean(1)
     expected = gradient_of((rows.advantage / 5 * error.square().sum(1) / width).sum(), policy)
     assert expected.norm() > 0.1
@@ -281,3 +281,24 @@ def test_contrastive_matching_starts_as_a_weighted_policy_gradient_and_ignores_n
         loss = ContrastiveMatching(beta=beta)(new, rows).loss
         assert (gradient_of(loss.sum(), policy) - expected).norm() < 1e-3 * expected.norm()
         assert gradient_of(loss[rows.advantage == 0].sum(), policy).norm() < 1e-3
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_matching_error_is_the_networks_and_its_scale_leads_to_that_of_x0(prediction):
+    policy, rows, _ = rollout(DDPM(), prediction=prediction, likelihood=Matching(draws=3), path=VPPath())
+    new = Matching().score(policy, rows)
+    off = (new.predicted[0] - rows.data["x0"]).abs()
+    torch.testing.assert_close(new.x0_scale[:, None] * new.error.abs(), off, rtol=1e-4, atol=1e-4)
+    if prediction == "eps":
+        torch.testing.assert_close(new.error, new.predicted[1] - rows.data["eps"])
+
+
+def test_contrastive_matching_of_an_eps_network_can_leave_its_errors_as_they_are():
+    """In the network's space a row's loss does not depend on how x0 follows from the output there."""
+    policy, rows, _ = rollout(DDPM(), prediction="eps", likelihood=Matching(draws=3), path=VPPath())
+    new = Matching().score(policy, rows)
+    own, published = (ContrastiveMatching(advantage_clip=1.0, space=space)(new, rows).loss for space in ("network", "x0"))
+    error = new.error.detach()
+    torch.testing.assert_close(own, error.square().sum(1) / error.abs().mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(published, new.x0_scale * own, rtol=1e-4, atol=1e-5)
+    assert new.x0_scale.max() > 3 * new.x0_scale.min()

@@ -30,7 +30,7 @@ def pieces(**options):
 @pytest.mark.parametrize(("options", "message"), [
     ({"surrogate": DivergenceGate(), "likelihood": Matching()}, r"DivergenceGate needs the gaussian step .* Matching"),
     ({"surrogate": GuardClip(), "likelihood": Matching()}, r"GuardClip needs the gaussian step .* Matching"),
-    ({"surrogate": ContrastiveMatching()}, r"ContrastiveMatching needs the old x0 .* Transition"),
+    ({"surrogate": ContrastiveMatching()}, r"ContrastiveMatching needs the old error .* Transition"),
     ({"behavior": "averaged", "optimization": Optimization(ema_decay=0.9)}, "averaged rollouts need .* Transition"),
     ({"behavior": "averaged", "likelihood": Matching()}, "averaged rollouts need .* got ema_decay=None"),
     ({"reference_kl": 0.1, "likelihood": Matching()}, "reference_kl=0.1 needs Gaussian steps.*use reference_velocity"),

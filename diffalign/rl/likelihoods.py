@@ -23,8 +23,8 @@ from diffalign.policy.protocols import select_rows
 from diffalign.spec import spec
 
 # What a likelihood gives and a surrogate or penalty may ask for: a log-density in nats, the Gaussian denoising step of
-# the rollout policy, its x0, the policy's (x0, eps) predictions.
-Signal = Literal["density", "gaussian step", "old x0", "prediction"]
+# the rollout policy, its error on the pre-training target, the policy's (x0, eps) predictions.
+Signal = Literal["density", "gaussian step", "old error", "prediction"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Rows:
 class Scored:
     """A policy's view of rows: log-likelihood [M] in nats, its Gaussian, its predicted (x0, eps), event size D.
 
-    predicted is None where the denoiser was not asked; leverage is |d mean / d velocity| of a denoising step.
+    predicted is None where the denoiser was not asked; leverage is |d mean / d velocity| of a denoising step. error is
+    the network's output minus the pre-training target, and x0_scale |d x0 / d output| there.
     """
 
     log_prob: Float[Tensor, "M"]
@@ -54,23 +55,16 @@ class Scored:
     predicted: tuple[Float[Tensor, "M *E"], Float[Tensor, "M *E"]] | None
     dims: int
     leverage: Float[Tensor, "M"] | None = None
-
-    @property
-    def x0(self) -> Float[Tensor, "M *E"]:
-        """The predicted x0. Raises: ValueError if the denoiser was not asked."""
-        return self._asked()[0]
+    error: Float[Tensor, "M *E"] | None = None
+    x0_scale: Float[Tensor, "M"] | None = None
 
     @property
     def velocity(self) -> Float[Tensor, "M *E"]:
         """eps - x0. Raises: ValueError if the denoiser was not asked."""
-        x0, eps = self._asked()
-        return eps - x0
-
-    def _asked(self) -> tuple[Tensor, Tensor]:
         if self.predicted is None:
-            raise ValueError("this likelihood does not ask the denoiser, so it has no x0 and no velocity; "
-                             "use reference_kl")
-        return self.predicted
+            raise ValueError("this likelihood does not ask the denoiser, so it has no velocity; use reference_kl")
+        x0, eps = self.predicted
+        return eps - x0
 
 
 @runtime_checkable
@@ -162,7 +156,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class MatchingExamples:
-    """Rows (decision n, draw j) with the noise and time drawn once (common random numbers), and the old policy's x0."""
+    """Rows (decision n, draw j): noise and time drawn once (common random numbers), and the old policy's error."""
 
     trajectory: DenoisingTrajectory
     advantage: Float[Tensor, "N"]
@@ -170,7 +164,7 @@ class MatchingExamples:
     t: Float[Tensor, "R"]
     eps: Float[Tensor, "R *E"]
     old_log_prob: Float[Tensor, "R"]
-    old_x0: Float[Tensor, "R *E"]
+    old_error: Float[Tensor, "R *E"]
 
     def __len__(self) -> int:
         return self.decision.shape[0]
@@ -179,7 +173,7 @@ class MatchingExamples:
         """Materialize a minibatch."""
         n = self.decision[index]
         data = {"x0": self.trajectory.x[n, -1], "eps": self.eps[index], "t": self.t[index],
-                "old_x0": self.old_x0[index]}
+                "old_error": self.old_error[index]}
         return Rows(data, select_rows(self.trajectory.cond, n), self.advantage[n], self.old_log_prob[index], None,
                     torch.ones_like(self.t[index]))
 
@@ -199,7 +193,7 @@ class Matching:
     weight: Literal["one", "t", "t2"] = "one"
     time: Literal["grid", "uniform"] = "grid"
     shift: float = 1.0
-    provides: ClassVar[frozenset[Signal]] = frozenset({"old x0", "prediction"})
+    provides: ClassVar[frozenset[Signal]] = frozenset({"old error", "prediction"})
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -223,7 +217,7 @@ class Matching:
             blocks = [self.score(policy, empty.rows(block))
                       for block in torch.arange(len(decision), device=device).split(rows)]
         return replace(empty, old_log_prob=torch.cat([block.log_prob for block in blocks]),
-                       old_x0=torch.cat([block.x0 for block in blocks]))
+                       old_error=torch.cat([block.error for block in blocks if block.error is not None]))
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """Weighted squared error of the prediction at (t, eps), summed over the event."""
@@ -231,7 +225,10 @@ class Matching:
         level = policy.path.level(t, x0.ndim - 1)
         x, prediction = level.alpha * x0 + level.sigma * eps, policy.denoiser.prediction
         output = policy.denoiser(x, t, rows.cond)
-        error = ((output - training_target(prediction, x0, eps, level)) ** 2).flatten(1).sum(1)
+        error = output - training_target(prediction, x0, eps, level)
         weight = {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight]
-        new_x0, new_eps = convert(prediction, output, x, level)
-        return Scored(-weight * error, None, (new_x0, new_eps), x0[0].numel())
+        flat = policy.path.level(t, 1)
+        unit = torch.ones_like(flat.alpha)
+        x0_scale = convert(prediction, unit, torch.zeros_like(unit), flat)[0].abs().flatten()
+        return Scored(-weight * (error**2).flatten(1).sum(1), None, convert(prediction, output, x, level),
+                      x0[0].numel(), error=error, x0_scale=x0_scale)

@@ -216,35 +216,38 @@ class GuardClip:
 
 @spec
 class ContrastiveMatching:
-    """DiffusionNFT (arXiv 2509.16117): regress an implicit positive and an implicit negative prediction on the sample.
+    """DiffusionNFT (arXiv 2509.16117): regress an implicit positive and an implicit negative prediction on the target.
 
-    With p = clamp(A / advantage_clip, -1, 1) / 2 + 1/2 and x0(+-) = x0_old +- beta (x0_new - x0_old):
-    [p |x0(+) - x0|^2 / w+ + (1 - p) |x0(-) - x0|^2 / w-] / beta, summed over the event, w the mean absolute error (a
-    constant). It is the policy gradient A / advantage_clip of a matching likelihood, |x0_new - x0|^2 / w, plus
-    beta |x0_new - x0_old|^2 / w, which pulls to the old policy: convex, unlike AWM's loss for A < 0. For flow, v and x0
-    networks; an eps network's x0 grows as 1 / alpha near t = 1, and with it the loss.
+    With p = clamp(A / advantage_clip, -1, 1) / 2 + 1/2 and the errors e(+-) = e_old +- beta (e_new - e_old):
+    [p |e(+)|^2 / w+ + (1 - p) |e(-)|^2 / w-] / beta, summed over the event, w the mean absolute error (a constant). It
+    is the policy gradient A / advantage_clip of a matching likelihood, |e_new|^2 / w, plus beta |e_new - e_old|^2 / w,
+    which pulls to the old policy: convex, unlike AWM's loss for A < 0.
+    space: the errors are those of x0, as published for flow networks, or of the network's own output. An eps network's
+    x0 grows as 1 / alpha near t = 1 and with it the loss: a robot policy that predicts eps diverged in x0.
     Departure: the authors' factor 5 (advantage_clip) is left out, and the event is summed, as everywhere here.
     """
 
     type: Literal["contrastive_matching"] = "contrastive_matching"
     beta: float = 1.0
     advantage_clip: float = 5.0
-    needs: ClassVar[Signal | None] = "old x0"
+    space: Literal["x0", "network"] = "x0"
+    needs: ClassVar[Signal | None] = "old error"
     selective = False
 
     def __post_init__(self) -> None:
         positive(self, "beta", "advantage_clip")
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
-        """The loss; nothing is clipped. Raises: ValueError on a likelihood without stored predictions."""
-        if "old_x0" not in rows.data:
-            raise ValueError("contrastive_matching needs the old policy's x0, which the matching likelihood stores; "
+        """The loss; nothing is clipped. Raises: ValueError on a likelihood without stored errors."""
+        if new.error is None or new.x0_scale is None or "old_error" not in rows.data:
+            raise ValueError("contrastive_matching needs the old policy's error, which the matching likelihood stores; "
                              "use it with the nft algorithm")
-        old, target = rows.data["old_x0"], rows.data["x0"]
+        scale = new.x0_scale[:, None] if self.space == "x0" else 1.0
+        old, current = scale * rows.data["old_error"].flatten(1), scale * new.error.flatten(1)
         better = (rows.advantage / self.advantage_clip).clamp(-1, 1) / 2 + 0.5
         loss = torch.zeros_like(better)
         for share, reach in ((better, self.beta), (1 - better, -self.beta)):
-            error = (old + reach * (new.x0 - old) - target).flatten(1)
+            error = old + reach * (current - old)
             width = error.detach().abs().mean(1).clamp(min=1e-5)
             loss = loss + share / self.beta * error.square().sum(1) / width
         never = torch.zeros_like(better, dtype=torch.bool)
