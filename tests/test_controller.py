@@ -135,7 +135,8 @@ def test_from_every_command_a_stop_exists_that_keeps_every_limit(seed, dt, with_
     velocity, acceleration = random.uniform(0.5, 3, size), random.uniform(2, 30, size)
     jerk = random.uniform(5, 40, size) * acceleration if with_jerk else None
     low, high = -random.uniform(0.05, 2, size), random.uniform(0.05, 2, size)
-    limits = Limits(tuple(low), tuple(high), tuple(velocity), tuple(acceleration), None if jerk is None else tuple(jerk))
+    jerks = None if jerk is None else tuple(jerk)
+    limits = Limits(tuple(low), tuple(high), tuple(velocity), tuple(acceleration), jerks)
     safety = SafetyFilter(limits, dt)
     safety.reset(np.zeros(size))
     path = [np.zeros(size)] * 4

@@ -108,7 +108,9 @@ class SafetyFilter:
         if not np.isfinite(wished).all():
             raise ValueError(f"feature {int(np.argmin(np.isfinite(wished)))} of the action is not finite")
         following = self._following(self.position, np.minimum(np.maximum(wished, self.low), self.high))
-        first = np.minimum(np.maximum(following, self._lowest()), self._highest())
+        change = self.dt * self.jerk
+        first = np.maximum(following, np.maximum(-self.acceleration, self._acceleration - change))
+        first = np.minimum(first, np.minimum(self.acceleration, self._acceleration + change))
         plan = np.concatenate([first[None], self._soonest(self._velocity + self.dt * first, first)])
         return self._go(plan)
 
@@ -123,16 +125,6 @@ class SafetyFilter:
         """The accelerations [P - 1, Da] of the soonest stop."""
         return soonest_stop(velocity / self.dt, acceleration, self.acceleration, self.jerk * self.dt, self._periods - 1)
 
-    def _lowest(self) -> Array:
-        """The lowest next acceleration that the limits of acceleration, jerk and velocity allow."""
-        return np.maximum(np.maximum(-self.acceleration, self._acceleration - self.dt * self.jerk),
-                          (-self.velocity - self._velocity) / self.dt)
-
-    def _highest(self) -> Array:
-        """The highest."""
-        return np.minimum(np.minimum(self.acceleration, self._acceleration + self.dt * self.jerk),
-                          (self.velocity - self._velocity) / self.dt)
-
     def _go(self, wished: Array) -> Array:
         """Hold the mixture of the held and a wished plan [P, Da] that is nearest to the wished, and begin it."""
         plan = self._plan + self._share(wished) * (wished - self._plan)
@@ -140,7 +132,7 @@ class SafetyFilter:
         still = np.abs(velocity) < 1e-12 * self.velocity  # rounding is no motion
         velocity = np.where(still, 0.0, velocity)
         acceleration = np.where(still & (np.abs(acceleration) < 1e-12 * self.acceleration), 0.0, acceleration)
-        position = np.minimum(np.maximum(self.position + self.dt * velocity, self.low), self.high)
+        position: Array = np.minimum(np.maximum(self.position + self.dt * velocity, self.low), self.high)
         self._position, self._velocity, self._acceleration = position, velocity, acceleration
         self._plan = np.concatenate([plan[1:], np.zeros_like(plan[:1])])
         return position
