@@ -205,7 +205,7 @@ class Controller:
         late = self.settings.watchdog.late(pending_s=pending)
         if lost is not None:
             self._miss(lost, Exit.BLIND, now)
-        elif wish is None and late is None and self.state is State.IDLE:
+        elif wish is None and late is None and self.state is State.IDLE and not self.timing.delays_s:
             pass  # the first chunk is on its way
         elif wish is None or late is not None:
             expected = self._delay / self.settings.rate_hz
