@@ -206,6 +206,8 @@ def test_a_slow_policy_is_asked_early_enough(monkeypatch) -> None:
     assert loop.holds == 0
     assert states(log) == ["ramp-in", "running", "safe stop"]
     assert loop.timing.delay_s(1.0) == pytest.approx(3.5 / RATE)
+    assert log[-1]["milliseconds"]["delay"] == pytest.approx({"p50": 70, "p99": 70, "max": 70})
+    assert log[-1]["holds"] == 0
     monkeypatch.setattr(Timing, "delay_s", lambda self, quantile: 0.0)
     _, _, log, loop = run(decide, scheme=RecedingHorizon(execute=6), **plan)
     assert loop.holds > 5

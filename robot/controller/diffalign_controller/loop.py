@@ -74,7 +74,8 @@ class Controller:
             self.log.write({"event": "crash", "state": self.state.value, "reason": f"{type(error).__name__}: {error}"})
             raise
         self.log.write({"event": "end", "exit": int(self._exit), "state": self.state.value, "reason": self.reason,
-                        "ticks": self.timing.ticks, "missed": self.timing.missed})
+                        "ticks": self.timing.ticks, "missed": self.timing.missed, "holds": self.holds,
+                        "milliseconds": self.timing.milliseconds()})
         return self._exit
 
     def _loop(self, seconds: float) -> None:
