@@ -220,6 +220,17 @@ def test_a_policy_slower_than_its_chunk_moves_nothing_and_the_reason_says_why() 
     assert "no chunk reaches this tick, decisions take 0.180 s" in log[-1]["reason"]
 
 
+def test_observations_older_than_a_chunk_are_to_blame_and_not_the_policy() -> None:
+    class Late(LaggingRobot):
+        lag_s = 9 / RATE
+
+    dog = Watchdog(observation_age_s=1, hold_s=0.5)
+    code, robot, log, _ = run(clocked, robot=Late, delay_s=1 / RATE, watchdog=dog)
+    assert code == Exit.BLIND
+    assert not np.array(robot.commands).any()
+    assert "no chunk reaches this tick, the observation is 0.180 s old" in log[-1]["reason"]
+
+
 def test_the_expected_delay_is_a_quantile_of_the_last_fifty_without_the_cold_start() -> None:
     timing = Timing()
     assert timing.delay_s(1.0) == 0

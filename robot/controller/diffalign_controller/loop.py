@@ -209,8 +209,7 @@ class Controller:
         elif wish is None and late is None and self.state is State.IDLE and not self.timing.delays_s:
             pass  # the first chunk is on its way
         elif wish is None or late is not None:
-            expected = self._delay / self.settings.rate_hz
-            self._miss(late or f"no chunk reaches this tick, decisions take {expected:.3f} s", Exit.LATE, now)
+            self._miss(*((late, Exit.LATE) if late else self._out_of_time(now)), now)
         elif not np.isfinite(wish).all():
             self.scheme.clear()
             self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
@@ -220,6 +219,13 @@ class Controller:
                 self._enter(State.RAMP_IN, f"back after: {self.reason}" if self.reason else "started", Exit.DONE)
             return self.safety.filter(self._ramped(wish, now))
         return self._to_rest()
+
+    def _out_of_time(self, now: float) -> tuple[str, Exit]:
+        """Why no chunk reaches this tick: of the observation's age and the decision's delay the longer is blamed."""
+        delay, age = self._delay / self.settings.rate_hz, 0.0 if self._seen is None else now - self._seen.measured_s
+        if age > delay:
+            return f"no chunk reaches this tick, the observation is {age:.3f} s old", Exit.BLIND
+        return f"no chunk reaches this tick, decisions take {delay:.3f} s", Exit.LATE
 
     def _ramped(self, wish: Array, now: float) -> Array:
         share = 1.0 if self.settings.ramp_s == 0 else (now - self._since_s) / self.settings.ramp_s
