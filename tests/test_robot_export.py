@@ -32,6 +32,7 @@ from diffalign.train.run import Run
 from diffalign.train.statistics import wilson
 from diffalign.train.supervised import Pretraining
 from diffalign_controller import policy as runtime
+from diffalign_controller import rehearsal
 from diffalign_controller.log import read
 from diffalign_controller.loop import Exit
 from diffalign_robot import export
@@ -277,13 +278,60 @@ for name in ("torch", "diffalign", "diffalign_robot", "yaml", "pydantic"):
     sys.modules[name] = None  # importing it raises
 from pathlib import Path
 import numpy as np
-from diffalign_controller import chunks, inference, log, loop, policy, robot, safety, watchdog
+from diffalign_controller import chunks, inference, log, loop, policy, rehearsal, robot, safety, timing, watchdog
 print(policy.Policy(Path(sys.argv[1])).decide(np.zeros(2, np.float32)).shape)
 """
     env = {**os.environ, "PYTHONPATH": str(Path(diffalign_controller.__file__).parents[1])}
     command = [sys.executable, "-c", code, str(runs[0] / "package")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=runs[0])
     assert done.stdout.strip() == "(2, 2)", done.stderr
+
+
+def test_a_rehearsal_measures_the_real_loop_at_two_rates(runs) -> None:
+    script = Path(__file__).parents[1] / "scripts/controller_timing.py"
+    env = {**os.environ, "PYTHONPATH": str(Path(diffalign_controller.__file__).parents[1])}
+    command = [sys.executable, str(script), str(runs[0] / "package"), "--seconds", "0.5", "--scheme", "blend"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    slow, fast = json.loads(done.stdout)
+    assert [slow["command_hz"], fast["command_hz"]] == [50, 200]
+    assert fast["ticks"] + fast["left_out"] >= 100 > slow["ticks"]
+    for run in (slow, fast):
+        assert set(run["milliseconds"]) == {"decision", "delay", "tick", "wake", "period"}
+        assert 0 < run["milliseconds"]["decision"]["p50"] <= run["milliseconds"]["decision"]["p99"]
+    refused = subprocess.run([*command[:2], str(runs[0])], capture_output=True, text=True, env=env)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert "is no controller package" in refused.stderr
+    with pytest.raises(ValueError, match=r"names no control rate; say it with --rate-hz"):
+        rehearsal.rehearse(runs[0] / "package", seconds=0.1)
+    found = rehearsal.rehearse(runs[0] / "package", rate_hz=50, seconds=0.2, scheme="ensemble", in_line=True)
+    assert found["decisions"] > 2
+    assert "   50 Hz  decision" in rehearsal.table([found])
+
+
+@pytest.mark.slow
+def test_the_runtime_installs_and_runs_where_there_is_no_torch(runs, tmp_path) -> None:
+    """A new environment with nothing but the controller and what it asks for; needs a package index."""
+    root = Path(__file__).parents[1]
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert uv is not None, "install uv"
+    sources = tmp_path / "controller"
+    shutil.copytree(root / "robot/controller", sources, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")], check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), str(sources)], check=True)
+    code = """import importlib.util, sys
+from pathlib import Path
+from diffalign_controller.rehearsal import rehearse
+assert importlib.util.find_spec("torch") is None and importlib.util.find_spec("diffalign") is None
+found = rehearse(Path(sys.argv[1]), rate_hz=50, servo_hz=200, seconds=1)
+print(found["exit"], found["decisions"] > 5)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(python), "-c", code, str(runs[0] / "package")], capture_output=True, text=True, env=env,
+                          cwd=tmp_path)
+    assert done.stdout.strip() == "0 True", done.stderr
 
 
 def test_the_documented_controller_runs(runs, tmp_path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from time import perf_counter
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,18 +19,22 @@ Decide = Callable[[Array], Array]
 
 
 class Decided(NamedTuple):
-    """The chunk [Ta, Da] that was decided on the observation of a tick, or why there is none."""
+    """The chunk [Ta, Da] that was decided on the observation of a time, or why there is none.
 
-    tick: int
+    time: in control periods. took_s: what the decision took.
+    """
+
+    time: float
     chunk: Array | None
     error: str | None = None
+    took_s: float = 0.0
 
 
 class Inference(Protocol):
     """One decision at a time."""
 
-    def ask(self, tick: int, obs: Array) -> None:
-        """Decide on the observation [Do] of a tick; only when nothing is pending."""
+    def ask(self, time: float, obs: Array) -> None:
+        """Decide on the observation [Do] of a time in control periods; only when nothing is pending."""
         ...
 
     def answer(self) -> Decided | None:
@@ -44,9 +49,9 @@ class InLine:
         self._decide = decide
         self._answer: Decided | None = None
 
-    def ask(self, tick: int, obs: Array) -> None:
+    def ask(self, time: float, obs: Array) -> None:
         """Decide now."""
-        self._answer = _decided(self._decide, tick, obs)
+        self._answer = _decided(self._decide, time, obs)
 
     def answer(self) -> Decided | None:
         """What was decided, once."""
@@ -59,14 +64,14 @@ class Threaded:
 
     def __init__(self, decide: Decide) -> None:
         self._decide = decide
-        self._questions: queue.SimpleQueue[tuple[int, Array] | None] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[tuple[float, Array] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Decided] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
-    def ask(self, tick: int, obs: Array) -> None:
+    def ask(self, time: float, obs: Array) -> None:
         """Hand the observation to the thread."""
-        self._questions.put((tick, obs.copy()))
+        self._questions.put((time, obs.copy()))
 
     def answer(self) -> Decided | None:
         """The oldest answer that was not yet taken."""
@@ -84,8 +89,10 @@ class Threaded:
             self._answers.put(_decided(self._decide, *question))
 
 
-def _decided(decide: Decide, tick: int, obs: Array) -> Decided:
+def _decided(decide: Decide, time: float, obs: Array) -> Decided:
+    start = perf_counter()
     try:
-        return Decided(tick, decide(obs))
+        chunk = decide(obs)
     except Exception as error:  # whatever it is: the loop must hear of it and stop the robot
-        return Decided(tick, None, f"{type(error).__name__}: {error}")
+        return Decided(time, None, f"{type(error).__name__}: {error}", perf_counter() - start)
+    return Decided(time, chunk, None, perf_counter() - start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,12 @@ class Log:
     def close(self) -> None:
         """Flush to the disk."""
         if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            _flush(self._descriptor)
             self._descriptor = -1
 
     def _next_file(self) -> None:
-        self.close()
+        if self._descriptor >= 0:  # in a thread: a disk takes 10 ms, two periods of a loop at 200 Hz
+            threading.Thread(target=_flush, args=(self._descriptor,), name="log").start()
         self._number += 1
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._descriptor = os.open(self.folder / f"log-{self._number:06d}.jsonl", flags, 0o644)
@@ -62,6 +63,11 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         for line in (folder / f"log-{number:06d}.jsonl").read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _numbers(folder: Path) -> list[int]:

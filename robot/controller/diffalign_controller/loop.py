@@ -13,44 +13,21 @@ Legend: Da action features.
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import dataclass, field
-from enum import Enum, IntEnum
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign_controller.chunks import Scheme
+from diffalign_controller.chunks import Between, Scheme
 from diffalign_controller.inference import Inference
 from diffalign_controller.robot import Clock, Observation, Robot
 from diffalign_controller.safety import SafetyFilter
-from diffalign_controller.watchdog import Watchdog
+from diffalign_controller.settings import Exit, Settings, State
+from diffalign_controller.timing import Timing, status_line
 
+__all__ = ["Controller", "Exit", "Recorder", "Settings", "State", "Timing"]
 Array = NDArray[np.floating]
-
-
-class State(Enum):
-    """Where the loop is; see the head of this file."""
-
-    IDLE = "idle"
-    RAMP_IN = "ramp-in"
-    RUNNING = "running"
-    HOLD = "hold"
-    SAFE_STOP = "safe stop"
-    FAULT = "fault"
-
-
-class Exit(IntEnum):
-    """The exit code of a process that ran the loop; 1 is a crash and 2 a wrong command line."""
-
-    DONE = 0
-    EMERGENCY_STOP = 3
-    BLIND = 4  # the observation stayed too old, or did not change
-    LATE = 5  # no chunk came, or the policy failed
-    BAD_ACTION = 6  # the policy kept asking for NaN or infinity
-    WORKSPACE = 7  # the tool left its box
-    CONNECTION = 8  # the robot could not be reached
 
 
 class Recorder(Protocol):
@@ -59,57 +36,32 @@ class Recorder(Protocol):
     def write(self, record: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a controller runs.
+class Controller:
+    """Runs a policy on a robot; `run` returns the exit code, `state` and `reason` say where it is and why.
 
-    rate_hz: of commands, that of the training environment. ramp_s: how long the first actions are blended in. rest:
-    what a robot at rest is commanded, `last` where commands are places, `zero` where they are velocities or changes.
-    workspace: low and high corner of the tool's box in metres, None for none.
-
-    Raises: ValueError for a rate or ramp out of range, or corners that do not make a box.
+    status: is given one line a second on how it goes, None for none.
     """
 
-    rate_hz: float
-    ramp_s: float = 1.0
-    rest: Literal["last", "zero"] = "last"
-    workspace: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    watchdog: Watchdog = field(default_factory=Watchdog)
-
-    def __post_init__(self) -> None:
-        if not self.rate_hz > 0 or not self.ramp_s >= 0:
-            raise ValueError(f"need rate_hz > 0 and ramp_s >= 0, got {self.rate_hz} and {self.ramp_s}")
-        if self.workspace is not None and not all(low < high for low, high in zip(*self.workspace, strict=True)):
-            raise ValueError(f"the workspace's first corner must be below its second, got {self.workspace}")
-
-
-@dataclass
-class Timing:
-    """What a loop measured: commands sent, how many of them later than a period after their tick, the last periods."""
-
-    ticks: int = 0
-    missed: int = 0
-    periods_s: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
-
-
-class Controller:
-    """Runs a policy on a robot; `run` returns the exit code, `state` and `reason` say where it is and why."""
-
     def __init__(self, robot: Robot, inference: Inference, scheme: Scheme, safety: SafetyFilter, log: Recorder,
-                 clock: Clock, settings: Settings) -> None:
-        if not abs(safety.dt * settings.rate_hz - 1) < 1e-6:
+                 clock: Clock, settings: Settings, status: Callable[[str], None] | None = None) -> None:
+        if not abs(safety.dt * settings.command_hz - 1) < 1e-6:
             raise ValueError(f"the safety filter is made for {1 / safety.dt:.6g} Hz, the loop for "
-                             f"{settings.rate_hz:.6g}; its limits are per second, so both must have the same rate")
+                             f"{settings.command_hz:.6g}; its limits are per second, so both must have the same rate")
         self.robot, self.inference, self.scheme, self.safety = robot, inference, scheme, safety
-        self.log, self.clock, self.settings = log, clock, settings
-        self.state, self.reason, self.timing = State.IDLE, "", Timing()
+        self.log, self.clock, self.settings, self.status = log, clock, settings, status
+        linear = settings.rest == "last" if settings.between is None else settings.between == "linear"
+        self._between: Between = "linear" if linear else "hold"
+        self.state, self.reason, self.timing, self.holds = State.IDLE, "", Timing(), 0
         self._exit = Exit.DONE
         self._since_s = 0.0  # when the state began
         self._asked_s: float | None = None  # when the pending decision was asked for
+        self._delay = 0.0  # expected of a decision, in control periods
+        self._said = (0, 0.0)  # the ticks and the time of the last status line
         self._stop_asked = self._was_lost = False
         self._seen: Observation | None = None
         self._changed_s = 0.0
         self._begin: Array = np.zeros(0)
+        self._start_s = 0.0
 
     def run(self, seconds: float) -> Exit:
         """Control for that long, then bring the robot to rest. Raises: ValueError if it starts outside its limits."""
@@ -122,12 +74,14 @@ class Controller:
             self.log.write({"event": "crash", "state": self.state.value, "reason": f"{type(error).__name__}: {error}"})
             raise
         self.log.write({"event": "end", "exit": int(self._exit), "state": self.state.value, "reason": self.reason,
-                        "ticks": self.timing.ticks, "missed": self.timing.missed})
+                        "ticks": self.timing.ticks, "missed": self.timing.missed, "holds": self.holds,
+                        "milliseconds": self.timing.milliseconds()})
         return self._exit
 
     def _loop(self, seconds: float) -> None:
-        period = 1 / self.settings.rate_hz
-        start = before = self.clock.now_s()
+        period = 1 / self.settings.command_hz
+        start = before = self._start_s = self.clock.now_s()
+        self._said = (0, start)
         tick = 0
         while self.state is not State.FAULT and not (self.state is State.SAFE_STOP and self._rests):
             if self.state is not State.SAFE_STOP and (self._stop_asked or tick * period >= seconds):
@@ -136,14 +90,25 @@ class Controller:
                 self._enter(State.SAFE_STOP, f"{why} in a hold: {self.reason}" if held else why,
                             self._exit if held else Exit.DONE)
             self._tick(tick)
-            late = self.clock.now_s() - (start + (tick + 1) * period)
+            done = self.clock.now_s()
+            self.timing.works_s.append(done - before)
+            late = done - (start + (tick + 1) * period)
             self.timing.missed += late > 0
             self.timing.ticks += 1
+            self._tell(done)
             tick += 1 + max(0, math.ceil(late / period))  # ticks that have passed are left out, not caught up with
             self.clock.sleep_until(start + tick * period)
             now = self.clock.now_s()
             self.timing.periods_s.append(now - before)
+            self.timing.wakes_s.append(now - (start + tick * period))
             before = now
+
+    def _tell(self, now: float) -> None:
+        """The status line, once a second."""
+        ticks, seconds = self.timing.ticks - self._said[0], now - self._said[1]
+        if self.status is not None and seconds >= 1:
+            self.status(status_line(self.state.value, self.reason, self.timing, ticks, seconds))
+            self._said = (self.timing.ticks, now)
 
     def stop(self) -> None:
         """Bring the robot to rest and end `run`; may be called from a signal handler or another thread."""
@@ -158,17 +123,19 @@ class Controller:
         seen = self.robot.observe()
         self.safety.reset(np.zeros_like(seen.position) if self.settings.rest == "zero" else seen.position)
         self._seen, self._changed_s = seen, self.clock.now_s()
-        self._since_s = self._changed_s
+        self._since_s = self._start_s = self._changed_s
 
     def _tick(self, tick: int) -> None:
         now = self.clock.now_s()
+        time = tick * self.settings.rate_hz / self.settings.command_hz  # in control periods
         record: dict[str, Any] = {"tick": tick, "time_s": now}
         try:
             if self._exit is not Exit.EMERGENCY_STOP and self.robot.emergency_stop_pressed():
                 self._enter(State.SAFE_STOP, "emergency stop pressed", Exit.EMERGENCY_STOP)
             lost = self._observe(now)
-            self._think(tick, now, lost)
-            wish = self.scheme.action(tick)
+            self._think(time, now, lost)
+            wish = self.scheme.action(time, self._between)
+            wish = None if wish is None else self.settings.share * wish
             command = self._command(wish, now, lost)
             record |= {"state": self.state.value, "reason": self.reason, "wish": wish, "command": command,
                        "obs": None if self._seen is None else self._seen.values}
@@ -205,24 +172,31 @@ class Controller:
         except ValueError as error:
             raise ConnectionError(f"it is back where it must not be commanded: {error}") from None
 
-    def _think(self, tick: int, now: float, lost: str | None) -> None:
+    def _think(self, time: float, now: float, lost: str | None) -> None:
         """Take what was decided and ask for what is wanted."""
-        self._take(now)
-        if lost is None and self.state is not State.SAFE_STOP and self._asked_s is None and self.scheme.wants(tick):
+        self._take(time)
+        wanted = lost is None and self.state is not State.SAFE_STOP and self._asked_s is None
+        if wanted and self.scheme.wants(time, self._delay):
             assert self._seen is not None
+            seen = min(time, (self._seen.measured_s - self._start_s) * self.settings.rate_hz)
             self._asked_s = now
-            self.inference.ask(tick, np.asarray(self._seen.values, np.float32))
-            self._take(now)
+            self.inference.ask(seen, np.asarray(self._seen.values, np.float32))
+            self._take(time)
 
-    def _take(self, now: float) -> None:
+    def _take(self, time: float) -> None:
         answer = self.inference.answer()
         if answer is None:
             return
+        assert self._asked_s is not None
+        now = self.clock.now_s()
+        self.timing.decisions_s.append(answer.took_s)
+        self.timing.delays_s.append(now - self._asked_s)
+        self._delay = self.timing.delay_s(self.settings.delay_quantile) * self.settings.rate_hz
         self._asked_s = None
         if answer.error is not None:
             self._miss(f"the policy failed: {answer.error}", Exit.LATE, now)
         elif answer.chunk is not None:
-            self.scheme.add(answer.tick, answer.chunk)
+            self.scheme.add(answer.time, answer.chunk, time)
 
     def _command(self, wish: Array | None, now: float, lost: str | None) -> Array:
         """What is sent: the wish through ramp and filter, or the way to rest."""
@@ -232,10 +206,10 @@ class Controller:
         late = self.settings.watchdog.late(pending_s=pending)
         if lost is not None:
             self._miss(lost, Exit.BLIND, now)
-        elif wish is None and late is None and self.state is State.IDLE:
+        elif wish is None and late is None and self.state is State.IDLE and not self.timing.delays_s:
             pass  # the first chunk is on its way
         elif wish is None or late is not None:
-            self._miss(late or "no chunk reaches this tick", Exit.LATE, now)
+            self._miss(*((late, Exit.LATE) if late else self._out_of_time(now)), now)
         elif not np.isfinite(wish).all():
             self.scheme.clear()
             self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
@@ -245,6 +219,13 @@ class Controller:
                 self._enter(State.RAMP_IN, f"back after: {self.reason}" if self.reason else "started", Exit.DONE)
             return self.safety.filter(self._ramped(wish, now))
         return self._to_rest()
+
+    def _out_of_time(self, now: float) -> tuple[str, Exit]:
+        """Why no chunk reaches this tick: of the observation's age and the decision's delay the longer is blamed."""
+        delay, age = self._delay / self.settings.rate_hz, 0.0 if self._seen is None else now - self._seen.measured_s
+        if age > delay:
+            return f"no chunk reaches this tick, the observation is {age:.3f} s old", Exit.BLIND
+        return f"no chunk reaches this tick, decisions take {delay:.3f} s", Exit.LATE
 
     def _ramped(self, wish: Array, now: float) -> Array:
         share = 1.0 if self.settings.ramp_s == 0 else (now - self._since_s) / self.settings.ramp_s
@@ -263,6 +244,7 @@ class Controller:
             return
         if self.state is not State.HOLD:
             self.scheme.clear()
+            self.holds += 1
             self._enter(State.HOLD, reason, code)
         elif self.settings.watchdog.expired(held_s=now - self._since_s):
             self._enter(State.SAFE_STOP, f"held for too long: {self.reason}", self._exit)

@@ -1,11 +1,14 @@
 """The safety filter: no command leaves it that is outside a limit, or from which no stop within the limits exists.
 
 Clamping velocity, acceleration and jerk one after the other is not enough: a joint that runs towards its position limit
-can be so fast that no acceleration within the limit stops it in time. Here a command passes only if a stop from there,
-simulated tick by tick, stays within every limit; otherwise the passable command nearest to it on the line to the stop
-is sent. The stop itself always passes, because it is the continuation of the one that was found a tick ago.
+can be so fast that no acceleration within the limit stops it in time. Here the filter always holds a plan, the
+accelerations of the coming periods that bring the robot to rest within every limit. A wish gives another plan: its
+acceleration now, and the soonest stop after it, within the limits of acceleration and jerk but perhaps not of position
+and velocity. All limits are linear in the accelerations, so that the plans that keep them are a convex set: between the
+held plan and the wished one the share that still keeps position and velocity is a minimum of quotients, exact, without
+a search. The mixture becomes the held plan, and its first period is the command.
 
-Legend: Da action features, L candidates on the line, dt one control period in seconds.
+Legend: Da action features, P periods of a plan, M lengths of a stop, dt one control period in seconds.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_controller.stopping import soonest_stop, stop_periods
+
 Array = NDArray[np.float64]
-_CANDIDATES = 17  # resolution of the line between the stop and the wish
-_SLACK = 1e-9  # of a limit, for rounding
+_SLACK = 1e-12  # of a limit, for rounding
 
 
 @dataclass(frozen=True)
@@ -50,31 +54,19 @@ class Limits:
                 raise ValueError(f"{name} must hold {size} positive finite numbers or be None, got {bound}")
 
 
-@dataclass(frozen=True)
-class _Motion:
-    """A command and its first and second difference per second, each [..., Da]."""
-
-    position: Array
-    velocity: Array
-    acceleration: Array
-
-
 class SafetyFilter:
-    """Holds the last command and its motion; `filter` and `stop` say the next one."""
+    """Holds the last command, its motion and the plan of a stop [P, Da]; `filter` and `stop` say the next command."""
 
     def __init__(self, limits: Limits, dt_s: float) -> None:
         if not dt_s > 0:
             raise ValueError(f"the control period must be positive, got {dt_s} s")
         self.limits, self.dt = limits, dt_s
         self.low, self.high = np.array(limits.low), np.array(limits.high)
-        # A bound beyond what the others allow in one period changes nothing, so a missing one is that.
-        speed = (self.high - self.low) / dt_s
-        for bound in (limits.velocity, None if limits.step is None else tuple(s / dt_s for s in limits.step)):
-            speed = speed if bound is None else np.minimum(speed, bound)
-        self.velocity = speed
-        self.acceleration = _smaller(limits.acceleration, 2 * self.velocity / dt_s)
-        self.jerk = _smaller(limits.jerk, 2 * self.acceleration / dt_s)
-        self._motion: _Motion | None = None
+        self.velocity, self.acceleration, self.jerk = _bounds(limits, dt_s)
+        self._periods = 1 + stop_periods(self.velocity / dt_s, self.acceleration, self.jerk * dt_s)
+        self._position: Array | None = None
+        self._velocity = self._acceleration = np.zeros(0)
+        self._plan = np.zeros((self._periods, len(self.low)))
         self._wish = self._speed = np.zeros(0)  # the last wish, and the velocity that follows it
 
     def reset(self, position: NDArray[np.floating]) -> None:
@@ -86,19 +78,21 @@ class SafetyFilter:
             raise ValueError(f"feature {number} starts at {start[number]:.6g}, outside its limits "
                              f"{self.low[number]:.6g} to {self.high[number]:.6g}; move the robot inside them, or mend "
                              "the limits")
-        self._motion = _Motion(start, np.zeros_like(start), np.zeros_like(start))
-        self._wish, self._speed = start, np.zeros_like(start)
+        self._position = self._wish = start
+        self._velocity = self._acceleration = self._speed = np.zeros_like(start)
+        self._plan = np.zeros_like(self._plan)
 
     @property
     def position(self) -> Array:
         """The last command [Da]. Raises: ValueError before `reset`."""
-        return self._last().position
+        if self._position is None:
+            raise ValueError("the filter does not know where the robot is; call reset(position) first")
+        return self._position
 
     @property
     def at_rest(self) -> bool:
         """Whether the last command was the end of a motion."""
-        last = self._last()
-        return bool((last.velocity == 0).all() and (last.acceleration == 0).all())
+        return self._position is not None and not (self._velocity.any() or self._acceleration.any())
 
     def filter(self, wish: NDArray[np.floating]) -> Array:
         """The command [Da] that follows `wish` within every limit and from which a stop within them exists.
@@ -113,79 +107,61 @@ class SafetyFilter:
             raise ValueError(f"a command has {len(self.low)} features, got shape {wished.shape}")
         if not np.isfinite(wished).all():
             raise ValueError(f"feature {int(np.argmin(np.isfinite(wished)))} of the action is not finite")
-        last = self._last()
-        stopping = self._braking(last)
-        acceleration = np.clip(self._following(last, np.clip(wished, self.low, self.high)), *self._accelerations(last))
-        line = stopping + np.linspace(0, 1, _CANDIDATES)[:, None] * (acceleration - stopping)  # [L, Da]
-        passes = self._stops_within(self._moved(last, line))
-        passes[0] = True
-        best = _CANDIDATES - 1 - np.argmax(passes[::-1], axis=0)  # the furthest that passes, feature by feature
-        return self._go(last, np.take_along_axis(line, best[None], 0)[0])
+        following = self._following(self.position, np.minimum(np.maximum(wished, self.low), self.high))
+        change = self.dt * self.jerk
+        first = np.maximum(following, np.maximum(-self.acceleration, self._acceleration - change))
+        first = np.minimum(first, np.minimum(self.acceleration, self._acceleration + change))
+        plan = np.concatenate([first[None], self._soonest(self._velocity + self.dt * first, first)])
+        return self._go(plan)
 
     def stop(self) -> Array:
         """The next command [Da] of the stop; it stays where it ends."""
-        last = self._last()
-        command = self._go(last, self._braking(last))
-        self._wish, self._speed = command, self._last().velocity
+        plan = self._soonest(self._velocity, self._acceleration)
+        command = self._go(np.concatenate([plan, np.zeros_like(plan[:1])]))
+        self._wish, self._speed = command, self._velocity
         return command
 
-    def _last(self) -> _Motion:
-        if self._motion is None:
-            raise ValueError("the filter does not know where the robot is; call reset(position) first")
-        return self._motion
+    def _soonest(self, velocity: Array, acceleration: Array) -> Array:
+        """The accelerations [P - 1, Da] of the soonest stop."""
+        return soonest_stop(velocity / self.dt, acceleration, self.acceleration, self.jerk * self.dt, self._periods - 1)
 
-    def _go(self, last: _Motion, acceleration: Array) -> Array:
-        moved = self._moved(last, acceleration)
-        self._motion = _Motion(np.clip(moved.position, self.low, self.high), moved.velocity, moved.acceleration)
-        return self._motion.position
+    def _go(self, wished: Array) -> Array:
+        """Hold the mixture of the held and a wished plan [P, Da] that is nearest to the wished, and begin it."""
+        plan = self._plan + self._share(wished) * (wished - self._plan)
+        velocity, acceleration = self._velocity + self.dt * plan[0], plan[0]
+        still = np.abs(velocity) < 1e-12 * self.velocity  # rounding is no motion
+        velocity = np.where(still, 0.0, velocity)
+        acceleration = np.where(still & (np.abs(acceleration) < 1e-12 * self.acceleration), 0.0, acceleration)
+        position: Array = np.minimum(np.maximum(self.position + self.dt * velocity, self.low), self.high)
+        self._position, self._velocity, self._acceleration = position, velocity, acceleration
+        self._plan = np.concatenate([plan[1:], np.zeros_like(plan[:1])])
+        return position
 
-    def _moved(self, last: _Motion, acceleration: Array) -> _Motion:
-        velocity = last.velocity + self.dt * acceleration
-        tiny = 1e-12 * self.velocity
-        velocity = np.where(np.abs(velocity) < tiny, 0.0, velocity)
-        acceleration = np.where((velocity == 0) & (np.abs(acceleration) < 1e-12 * self.acceleration), 0.0, acceleration)
-        return _Motion(last.position + self.dt * velocity, velocity, acceleration)
+    def _share(self, wished: Array) -> Array:
+        """The largest share [Da] of the wished plan [P, Da] at which the mixture keeps position and velocity."""
+        velocity, position = self._motion(wished)
+        speed, room = self.velocity * (1 + _SLACK), _SLACK * (self.high - self.low)
+        low, high = self.low - room, self.high + room
+        if (np.abs(velocity) <= speed).all() and (position >= low).all() and (position <= high).all():
+            return np.ones(len(low))
+        held_velocity, held_position = self._motion(self._plan)
+        return np.minimum(_share(held_velocity, velocity, -speed, speed), _share(held_position, position, low, high))
 
-    def _accelerations(self, last: _Motion) -> tuple[Array, Array]:
-        """The interval that acceleration and jerk allow."""
-        change = self.dt * self.jerk
-        return (np.maximum(-self.acceleration, last.acceleration - change),
-                np.minimum(self.acceleration, last.acceleration + change))
+    def _motion(self, plan: Array) -> tuple[Array, Array]:
+        """Velocity and position [P, Da] after each period of a plan."""
+        velocity = self._velocity + self.dt * plan.cumsum(0)
+        return velocity, self.position + self.dt * velocity.cumsum(0)
 
-    def _braking(self, last: _Motion) -> Array:
-        """The acceleration that takes the velocity to 0 soonest without overshoot."""
-        wish = -np.sign(last.velocity) * fastest_speed(np.abs(last.velocity), self.jerk, self.dt)
-        return np.clip(wish, *self._accelerations(last))
-
-    def _following(self, last: _Motion, wish: Array) -> Array:
+    def _following(self, position: Array, wish: Array) -> Array:
         """The acceleration that follows the wish: its own motion, plus what closes the gap with braking in time."""
-        gap, before = self._wish - last.position, self._speed
+        gap, before = self._wish - position, self._speed
         closing = fastest_speed(np.abs(gap), self.acceleration / 2, self.dt)  # at most gap / dt
         closing = np.minimum(closing, 0.5 * np.cbrt(gap**2 * self.jerk))  # of x''' = jerk: x' ~ (x^2 jerk)^(1/3)
         speed = np.clip((wish - self._wish) / self.dt + np.sign(gap) * closing, -self.velocity, self.velocity)
         self._wish, self._speed = wish, speed
-        missing = before - last.velocity
+        missing = before - self._velocity
         catching_up: Array = np.sign(missing) * fastest_speed(np.abs(missing), self.jerk, self.dt)
         return (speed - before) / self.dt + catching_up
-
-    def _stops_within(self, motion: _Motion) -> NDArray[np.bool_]:
-        """Whether the stop from each motion [L, Da] stays within position and velocity limits."""
-        room, speed = _SLACK * (self.high - self.low), self.velocity * (1 + _SLACK)
-        passes = np.ones(motion.position.shape, bool)
-        for _ in range(self._longest()):
-            passes &= (motion.position >= self.low - room) & (motion.position <= self.high + room)
-            passes &= np.abs(motion.velocity) <= speed
-            if not (motion.velocity.any() or motion.acceleration.any()):
-                break
-            motion = self._moved(motion, self._braking(motion))
-        else:  # still moving
-            passes &= motion.velocity == 0
-        return passes
-
-    def _longest(self) -> int:
-        """More ticks than any stop takes."""
-        ticks = self.velocity / (self.acceleration * self.dt) + 4 * self.acceleration / (self.jerk * self.dt)
-        return 20 + 2 * int(np.ceil(ticks.max()))
 
 
 def fastest_speed(distance: Array, deceleration: Array, dt: float) -> Array:
@@ -197,6 +173,34 @@ def fastest_speed(distance: Array, deceleration: Array, dt: float) -> Array:
     m = np.floor((np.sqrt(1 + 8 * distance / (change * dt)) - 1) / 2)
     speed: Array = (distance / dt + change * m * (m + 1) / 2) / (m + 1)
     return speed
+
+
+def _share(held: Array, wished: Array, low: Array, high: Array) -> Array:
+    """The largest share of `wished` in each column of the mixture with `held`, both [P, Da], that is inside."""
+    broken = np.minimum(np.maximum(wished, low), high)  # the bound, where one is broken
+    apart = wished - held
+    outside = (broken != wished) & (apart != 0)
+    share = np.divide(broken - held, apart, out=np.ones_like(apart), where=outside)
+    least: Array = np.maximum(share.min(0), 0.0)
+    return least
+
+
+def _bounds(limits: Limits, dt: float) -> tuple[Array, Array, Array]:
+    """Velocity, acceleration and jerk [Da]; a missing bound is what the others leave possible.
+
+    A stop from speed v covers v^2 / (2 acceleration) or more, at most the whole range. Taking an acceleration a back to
+    0 changes the velocity by a^2 / (2 jerk) - a dt / 2 or more, at most from -velocity to velocity.
+    """
+    room = np.array(limits.high) - np.array(limits.low)
+    velocity = _smaller(limits.velocity, room / dt)
+    if limits.step is not None:
+        velocity = np.minimum(velocity, np.array(limits.step) / dt)
+    acceleration = _smaller(limits.acceleration, 2 * velocity / dt)
+    jerk = _smaller(limits.jerk, 2 * acceleration / dt)
+    for _ in range(10):  # each makes the other smaller
+        acceleration = np.minimum(acceleration, jerk * dt / 2 + np.sqrt((jerk * dt / 2)**2 + 4 * jerk * velocity))
+        velocity = np.minimum(velocity, np.sqrt(2 * acceleration * room))
+    return velocity, acceleration, jerk
 
 
 def _smaller(bound: tuple[float, ...] | None, other: Array) -> Array:
