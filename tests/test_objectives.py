@@ -297,7 +297,8 @@ def test_contrastive_matching_of_an_eps_network_can_leave_its_errors_as_they_are
     """In the network's space a row's loss does not depend on how x0 follows from the output there."""
     policy, rows, _ = rollout(DDPM(), prediction="eps", likelihood=Matching(draws=3), path=VPPath())
     new = Matching().score(policy, rows)
-    own, published = (ContrastiveMatching(advantage_clip=1.0, space=space)(new, rows).loss for space in ("network", "x0"))
+    own, published = (ContrastiveMatching(advantage_clip=1.0, space=space)(new, rows).loss
+                      for space in ("network", "x0"))
     error = new.error.detach()
     torch.testing.assert_close(own, error.square().sum(1) / error.abs().mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(published, new.x0_scale * own, rtol=1e-4, atol=1e-5)
