@@ -1,4 +1,4 @@
-"""`diffalign deploy`: the command of the controller runtime, which is a package of its own and works without this one."""
+"""`diffalign deploy`: the command of the controller runtime, a package of its own that works without this one."""
 
 from __future__ import annotations
 

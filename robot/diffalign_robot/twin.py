@@ -27,7 +27,8 @@ class EpisodeWorld:
         self._episode.reset(seed)
         self._success = False
         self._expert: Callable[[Array], Array] | None = None
-        self.rate_hz, self.rest = rate_hz, np.zeros(self._episode.action_dim)
+        self.rate_hz = rate_hz
+        self.rest: Array = np.zeros(self._episode.action_dim)
 
     def step(self, command: Array) -> None:
         """One control step."""

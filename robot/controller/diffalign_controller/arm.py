@@ -1,7 +1,7 @@
 """The planar arm of models/planar_arm.xml as a world for the twin: `python -m diffalign_controller.arm`.
 
-It observes [10]: the angles and angular velocities of shoulder, elbow and wrist, the tool's x and y, the goal's x and y.
-A command [3] is the angles wanted. Success is the tool within 0.02 m of the goal, which the seed places.
+It observes [10]: the angles and angular velocities of shoulder, elbow and wrist, the tool's x and y, the
+goal's x and y. A command [3] is the angles wanted. Success is the tool within 0.02 m of the goal, which the seed places.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class PlanarArm:
         self._substeps = round(1 / (rate_hz * self._model.opt.timestep))
         if self._substeps < 1 or abs(self._substeps * rate_hz * self._model.opt.timestep - 1) > 1e-6:
             raise ValueError(f"the arm simulates steps of 1 ms: rate_hz must divide 1000, got {rate_hz}")
-        self.rate_hz, self.rest = rate_hz, np.array(start)
+        self.rate_hz = rate_hz
+        self.rest: Array = np.array(start)
         self._goal = self._tool_at(np.random.default_rng(seed).uniform([-1.0, 0.2, 0.2], [1.0, 1.2, 1.2]))
         self._tool_at(self.rest)
 

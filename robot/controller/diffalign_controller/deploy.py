@@ -72,9 +72,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "(default: the package's action limits)")
     add("--rest", choices=["last", "zero"], help="what brings the robot to rest: the last command, where commands are "
         "places, or zero, where they are velocities or changes (default: zero for the twin of an environment, else last)")
-    add("--execute", type=int, metavar="N", help="actions of a chunk before the next is asked for (default: half of them)")
-    add("--inference", choices=["thread", "inline"], default="thread", help="where decisions are made (default: "
-        "%(default)s); inline waits for each, for policies that need a fraction of a period")
+    add("--execute", type=int, metavar="N", help="actions of a chunk before the next is asked for (default: half)")
+    add("--inference", choices=["thread", "inline"], default="thread", help="where decisions are made "
+        "(default: %(default)s); inline waits for each, for policies that need a fraction of a period")
     add("--ramp", type=float, default=1.0, metavar="S", help="seconds over which actions are blended in (default: "
         "%(default)s)")
     add("--max-age", type=float, default=0.1, metavar="S", help="of an observation (default: %(default)s)")
@@ -105,7 +105,8 @@ class Deployment:
                    "ticks": timing.ticks, "missed": timing.missed, "period_ms_p50": round(float(np.median(periods)), 3),
                    "period_ms_p99": round(float(np.quantile(periods, 0.99)), 3), "log": str(self.log)}
         summary |= self.robot.report() if isinstance(self.robot, Reports) else {}
-        print(json.dumps(summary) if self.as_json else "\n".join(f"{name:<14} {value}" for name, value in summary.items()))
+        lines = [f"{name:<14} {value}" for name, value in summary.items()]
+        print(json.dumps(summary) if self.as_json else "\n".join(lines))
         return code
 
 
@@ -137,13 +138,13 @@ def prepared(args: argparse.Namespace, stack: ExitStack) -> Deployment:
     if not 0 < rate_hz < math.inf:
         raise ValueError(f"--rate must be positive, got {rate_hz}")
     policy = Policy(args.package, seed=args.seed)
+    content = None if args.limits is None else limit_files.read_limits(args.limits)
     pairs = options.words(args.options)
     robot = open_robot(args.robot, pairs, manifest, rate_hz, clock)
     if isinstance(robot, Closes):
         stack.callback(robot.close)
     seen = _first_observation(robot, clock)
     _require_fit(policy, seen)
-    content = None if args.limits is None else limit_files.read_limits(args.limits)
     names = robot.names if isinstance(robot, Named) else None
     limits = limit_files.package_limits(policy.low, policy.high) if content is None \
         else limit_files.limits_of(content, policy.low, policy.high, rate_hz, names)
@@ -151,8 +152,8 @@ def prepared(args: argparse.Namespace, stack: ExitStack) -> Deployment:
     settings = Settings(
         rate_hz=rate_hz, ramp_s=args.ramp, rest=args.rest or ("zero" if of_environment else "last"),
         workspace=None if content is None else limit_files.workspace_of(content),
-        watchdog=Watchdog(observation_age_s=args.max_age, unchanged_s=args.max_unchanged, inference_s=args.max_inference,
-                          hold_s=args.max_hold))
+        watchdog=Watchdog(observation_age_s=args.max_age, unchanged_s=args.max_unchanged,
+                          inference_s=args.max_inference, hold_s=args.max_hold))
     safety = SafetyFilter(limits, 1 / rate_hz)
     safety.reset(np.zeros_like(seen.position) if settings.rest == "zero" else seen.position)
     inference = _inference(args.inference, policy, stack)
@@ -205,7 +206,8 @@ def _asked_by_signals(controller: Controller) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: controller.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: controller.stop()) for number in signals}
     try:
         yield
     finally:

@@ -33,18 +33,19 @@ _FIELDS = {"has_position_limits", "min_position", "max_position", "has_effort_li
 
 
 def read_limits(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file. Raises: ValueError if it is missing, no mapping, or names an unknown field."""
+    """The mapping in a JSON or YAML file. Raises: ValueError if it is missing or names an unknown field."""
     if not file.is_file():
         raise ValueError(f"--limits {file}: there is no such file")
-    content = _parsed(file)
-    joints = content.get("joint_limits") if isinstance(content, dict) else None
+    parsed = _parsed(file)
+    content: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+    joints = content.get("joint_limits")
     if not isinstance(joints, dict) or not joints or not all(isinstance(joint, dict) for joint in joints.values()):
         raise ValueError(f"{file} must hold a mapping joint_limits: {{joint: {{has_position_limits: ...}}}}")
     unknown = {f"joint_limits.{name}.{key}" for name, joint in joints.items() for key in set(joint) - _FIELDS}
     unknown |= set(content) - {"joint_limits", "workspace"}
     if unknown:
-        raise ValueError(f"{file} names {', '.join(sorted(unknown))}; known are joint_limits, workspace and, of a joint, "
-                         f"{', '.join(sorted(_FIELDS))}")
+        raise ValueError(f"{file} names {', '.join(sorted(unknown))}; known are joint_limits, workspace and, of a "
+                         f"joint, {', '.join(sorted(_FIELDS))}")
     return content
 
 
@@ -83,10 +84,10 @@ def workspace_of(content: dict[str, Any]) -> Box | None:
     box = content.get("workspace")
     if box is None:
         return None
-    corners = [box.get(name) for name in ("min", "max")] if isinstance(box, dict) else []
-    if len(corners) != 2 or not all(isinstance(corner, list) and len(corner) == 3 for corner in corners):
+    low, high = (box.get("min"), box.get("max")) if isinstance(box, dict) else (None, None)
+    if not (isinstance(low, list) and isinstance(high, list) and len(low) == len(high) == 3):
         raise ValueError(f"workspace must be {{min: [x, y, z], max: [x, y, z]}} in metres, got {box}")
-    return tuple(map(float, corners[0])), tuple(map(float, corners[1]))
+    return tuple(map(float, low)), tuple(map(float, high))
 
 
 def _parsed(file: Path) -> Any:
@@ -102,8 +103,8 @@ def _parsed(file: Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     except ModuleNotFoundError:
-        raise ValueError(f"{file}: YAML needs PyYAML, which is not installed; `pip install pyyaml`, or write the limits "
-                         "as JSON in a file that ends in .json") from None
+        raise ValueError(f"{file}: YAML needs PyYAML, which is not installed; `pip install pyyaml`, or write the "
+                         "limits as JSON in a file that ends in .json") from None
 
 
 def _in_order(joints: dict[str, dict[str, Any]], size: int, names: Sequence[str] | None

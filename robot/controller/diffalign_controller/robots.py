@@ -85,7 +85,7 @@ def _twin(pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float)
     own = {field.name for field in fields(TwinOptions)}
     said = options.read(TwinOptions, {key: text for key, text in pairs.items() if key in own}, "the twin")
     faults = {key: text for key, text in pairs.items() if key not in own}
-    options.read(Faults, faults, f"the twin ({', '.join(sorted(own))} and its faults)")  # refused here, not in the process
+    options.read(Faults, faults, f"the twin ({', '.join(sorted(own))} and its faults)")  # refused before it starts
     if said.port is not None:
         if set(pairs) != {"port"}:
             raise ValueError("a twin that runs already has its options; give only port=...")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffalign_controller.robot import Observation
 
 Array = NDArray[np.floating]
 _RETRY_S = 0.05
+_PATIENCE_S = 5.0  # for the first state
 
 
 class TwinProcess:
@@ -34,7 +36,7 @@ class TwinProcess:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise ValueError(f"the twin did not start (`python -m {module}` ended with {code}); its own message is above")
+            raise ValueError(f"the twin did not start (`python -m {module}` ended with {code}); its message is above")
         self.port = int(json.loads(line)["port"])
 
     def kill(self) -> None:
@@ -52,10 +54,10 @@ class TwinProcess:
 
 
 class Twin:
-    """The robot at a loopback port. A thread keeps its newest state, and connects again whenever the connection is lost."""
+    """The robot at a loopback port. A thread keeps its newest state, and connects again when the connection is lost."""
 
     def __init__(self, port: int, process: TwinProcess | None = None) -> None:
-        """process: ended with `close`. Raises: ConnectionError if nothing answers within five seconds."""
+        """process: ended with `close`. Raises: ConnectionError if no state comes within five seconds."""
         self.names: tuple[str, ...] | None = None
         self._port, self._process = port, process
         self._lock = threading.Lock()
@@ -65,7 +67,7 @@ class Twin:
         self._success = self._closing = False
         self._thread = threading.Thread(target=self._run, name="twin", daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + _PATIENCE_S
         while self._state is None:
             if time.monotonic() > deadline:
                 raise ConnectionError(f"port {port}: {self._why}")
@@ -128,7 +130,8 @@ class Twin:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._socket = connection
-            self._hang_up(self._read(connection))
+            why = self._read(connection)
+            self._hang_up("closed" if self._closing else why)
 
     def _read(self, connection: socket.socket) -> str:
         """Take messages until there are no more; returns why."""
@@ -150,9 +153,7 @@ class Twin:
         with self._lock:
             self._why, self._state = why, None  # what it said before says nothing about where it is after
             if self._socket is not None:
-                try:
+                with suppress(OSError):  # the other end was faster
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the other end was faster
                 self._socket.close()
                 self._socket = None

@@ -45,11 +45,22 @@ class Sensed(NamedTuple):
 
 
 class World(Protocol):
-    """A simulation of a robot; rest is its command before the first one arrives."""
+    """A simulation of a robot."""
 
-    names: Sequence[str] | None
-    rate_hz: float
-    rest: Array
+    @property
+    def names(self) -> Sequence[str] | None:
+        """Of a command's features, where they have any."""
+        ...
+
+    @property
+    def rate_hz(self) -> float:
+        """Control steps a second of real time."""
+        ...
+
+    @property
+    def rest(self) -> Array:
+        """The command [Da] before the first."""
+        ...
 
     def step(self, command: Array) -> None:
         """One control period under a command [Da]."""
@@ -233,7 +244,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0, help="of the episode and of the faults (default: %(default)s)")
     found.add_argument("--record", type=Path, help="file for a line of JSON a step: command and true position")
     found.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
-    found.add_argument("faults", nargs="*", metavar="key=value", help="latency_s, noise, dropout, freeze=start:duration ...")
+    found.add_argument("faults", nargs="*", metavar="key=value", help="latency_s, noise, freeze=start:duration ...")
     return found
 
 
