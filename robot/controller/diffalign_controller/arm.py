@@ -1,7 +1,7 @@
 """The planar arm of models/planar_arm.xml as a world for the twin: `python -m diffalign_controller.arm`.
 
-It observes [10]: the angles and angular velocities of shoulder, elbow and wrist, the tool's x and y, the
-goal's x and y. A command [3] is the angles wanted. Success is the tool within 0.02 m of the goal, which the seed places.
+It observes [10]: the angles and angular velocities of shoulder, elbow and wrist, the tool's x and y, the goal's x and
+y. A command [3] is the angles wanted. Success is the tool within 0.02 m of the goal, which the seed places.
 """
 
 from __future__ import annotations

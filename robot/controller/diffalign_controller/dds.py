@@ -65,7 +65,7 @@ class DdsOptions:
         if self.observe not in ("position", "position+velocity"):
             raise ValueError(f"observe must be position or position+velocity, got {self.observe!r}")
         if self.interface not in ("", "lo"):
-            raise ValueError(f"interface must be lo or not given, got {self.interface!r}; use CYCLONEDDS_URI for others")
+            raise ValueError(f"interface must be lo or not given, got {self.interface!r}; CYCLONEDDS_URI sets others")
 
 
 def connected(pairs: Mapping[str, str], rate_hz: float, clock: Clock) -> DdsRobot:
@@ -74,7 +74,7 @@ def connected(pairs: Mapping[str, str], rate_hz: float, clock: Clock) -> DdsRobo
 
 
 def participant(domain: int, interface: str) -> tuple[Domain | None, DomainParticipant]:
-    """A participant, and the domain on the loopback interface, to be kept as long, if that is asked for."""
+    """A participant, and the domain on the loopback interface if asked for, to be kept as long."""
     own = Domain(domain, _LOOPBACK) if interface == "lo" else None
     return own, DomainParticipant(domain)
 

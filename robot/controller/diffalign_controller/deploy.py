@@ -71,7 +71,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--limits", type=Path, metavar="FILE", help="joint limits as in ROS 2's joint_limits.yaml, or the same as JSON "
         "(default: the package's action limits)")
     add("--rest", choices=["last", "zero"], help="what brings the robot to rest: the last command, where commands are "
-        "places, or zero, where they are velocities or changes (default: zero for the twin of an environment, else last)")
+        "places, or zero, where they are velocities or changes (default: zero for an environment's twin, else last)")
     add("--execute", type=int, metavar="N", help="actions of a chunk before the next is asked for (default: half)")
     add("--inference", choices=["thread", "inline"], default="thread", help="where decisions are made "
         "(default: %(default)s); inline waits for each, for policies that need a fraction of a period")
@@ -181,8 +181,8 @@ def _first_observation(robot: Robot, clock: Clock, *, patience_s: float = 5.0) -
 def _require_fit(policy: Policy, seen: Observation) -> None:
     found, wanted = (seen.values.shape, seen.position.shape), ((policy.obs_dim,), (policy.action_dim,))
     if found != wanted:
-        raise ValueError(f"the policy reads observations of shape {wanted[0]} and commands {wanted[1]}, the robot gives "
-                         f"{found[0]} and takes {found[1]}; choose the robot or the package that fits")
+        raise ValueError(f"the policy reads observations of shape {wanted[0]} and commands {wanted[1]}, the robot has "
+                         f"{found[0]} and {found[1]}; choose the robot or the package that fits")
 
 
 def _inference(where: str, policy: Policy, stack: ExitStack) -> Inference:

@@ -63,6 +63,7 @@ class Twin:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._state: dict[str, Any] | None = None
+        self._seen: dict[str, Any] | None = None  # by observe()
         self._why = "not connected yet"
         self._success = self._closing = False
         self._thread = threading.Thread(target=self._run, name="twin", daemon=True)
@@ -75,7 +76,7 @@ class Twin:
 
     def observe(self) -> Observation:
         """The newest state. Raises: ConnectionError while there is no connection."""
-        state = self._newest()
+        state = self._seen = self._newest()
         tool = state["tool"]
         return Observation(np.array(state["values"]), state["measured_s"], np.array(state["position"]),
                            None if tool is None else np.array(tool))
@@ -96,9 +97,8 @@ class Twin:
         return bool(self._newest()["stop"])
 
     def note(self) -> dict[str, Any]:
-        """success, and intervention [Da], what a person made it do instead of the command, or None."""
-        state = self._state
-        return {} if state is None else {name: state[name] for name in ("success", "intervention")}
+        """success, and intervention [Da]: what a person made it do in the period before that observation, or None."""
+        return {} if self._seen is None else {name: self._seen[name] for name in ("success", "intervention")}
 
     def report(self) -> dict[str, Any]:
         """Whether its task was ever done."""

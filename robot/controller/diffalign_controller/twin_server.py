@@ -250,7 +250,10 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 def serve(world: World, args: argparse.Namespace) -> None:
     """Run a world as the arguments say; the first line of output is {"port": ...}."""
-    server = Server(world, read(Faults, words(args.faults), "the twin"), args.record, args.seed)
+    faults = read(Faults, words(args.faults), "the twin")
+    if faults.human is not None:
+        world.human()  # loads what it needs, or refuses, before time runs
+    server = Server(world, faults, args.record, args.seed)
     sys.stdout.write(json.dumps({"port": server.port}) + "\n")
     sys.stdout.flush()
     server.run(until_stdin_closes=args.until_stdin_closes)
