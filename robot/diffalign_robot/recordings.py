@@ -57,8 +57,8 @@ class RobotRecordings:
         found: list[Recorded] = []
         for name in self.logs:
             if not Path(name).is_dir():
-                raise ValueError(f"logs: {name} does not exist; `diffalign deploy DIR --robot NAME --log {name}` writes "
-                                 "one")
+                raise ValueError(f"logs: {name} does not exist; `diffalign deploy DIR --robot NAME --log {name}` "
+                                 "writes one")
             found += episodes(read(Path(name)))
         if self.keep == "interventions":
             found = [part for episode in found for part in interventions(episode)]
