@@ -23,13 +23,13 @@ def tick(number, obs, *, state="running", **more):
 
 LOG = [{"event": "start"}, tick(0, 0, state="idle"), tick(1, 1, state="ramp-in"), tick(2, 2), tick(3, 3),
        tick(4, 4, intervention=[9.0]), tick(5, 5, intervention=[8.0]), tick(6, 6), tick(7, 7, success=True), tick(8, 8),
-       tick(9, 9, sent=[9.25]), tick(11, 11), tick(12, 12), tick(13, 13, state="hold"), tick(14, 14), {"event": "end"},
-       {"event": "start"}, tick(15, 15), tick(16, 16)]
+       tick(9, 9), {"event": "end"}, {"event": "start"}, tick(18, 18), tick(19, 19), tick(21, 21), tick(22, 22),
+       tick(23, 23, state="hold"), tick(24, 24), {"event": "end"}, {"event": "start"}, tick(25, 25), tick(26, 26)]
 
 
 def test_a_log_is_cut_into_episodes_and_each_action_is_what_was_executed_after_its_observation() -> None:
     found = list(episodes(LOG))
-    assert [episode.obs[:, 0].tolist() for episode in found] == [[1, 2, 3, 4, 5, 6], [8], [11], [15]]
+    assert [episode.obs[:, 0].tolist() for episode in found] == [[1, 2, 3, 4, 5, 6], [18], [21], [25]]
     assert found[0].action[:, 0].tolist() == [1.5, 2.5, 9.0, 8.0, 5.5, 6.5]  # told by the tick after
     assert found[0].intervention.tolist() == [0, 0, 1, 1, 0, 0]
     assert [episode.success for episode in found] == [True, False, False, False]

@@ -36,8 +36,8 @@ class RobotRecordings:
     """Log folders of `diffalign deploy` as demonstrations.safetensors in the run folder.
 
     keep: everything, or only the stretches in which a person acted. success: of an episode as the robot noted it in the
-    log, or one label for all, where nobody but you knows. An episode ends at its first noted success, where the robot
-    held, and where ticks are missing.
+    log, or one label for all, where nobody but you knows. An episode ends where the robot held, where ticks are missing,
+    and at the first noted success, after which nothing of that run is kept.
     """
 
     type: Literal["robot_recordings"] = "robot_recordings"
@@ -82,11 +82,12 @@ def episodes(log: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
     sent, else the command.
     """
     ticks: list[Mapping[str, Any]] = []
+    succeeded = False
     for record in log:
         if record.get("event") == "start":  # another run
             yield from _episode(ticks)
-            ticks = []
-        if "tick" not in record:
+            ticks, succeeded = [], False
+        if "tick" not in record or succeeded:
             continue
         acting = record["state"] in _ACTING and record.get("command") is not None and record["obs"] is not None
         if ticks and (not acting or record["tick"] != ticks[-1]["tick"] + 1):
@@ -96,7 +97,7 @@ def episodes(log: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
             ticks.append(record)
             if record.get("success"):
                 yield from _episode(ticks)
-                ticks = []
+                ticks, succeeded = [], True
     yield from _episode(ticks)
 
 
