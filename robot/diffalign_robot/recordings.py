@@ -36,8 +36,8 @@ class RobotRecordings:
     """Log folders of `diffalign deploy` as demonstrations.safetensors in the run folder.
 
     keep: everything, or only the stretches in which a person acted. success: of an episode as the robot noted it in the
-    log, or one label for all, where nobody but you knows. An episode ends where the robot held, where ticks are missing,
-    and at the first noted success, after which nothing of that run is kept.
+    log, or one label for all, where nobody but you knows. An episode ends where the robot held, where ticks are
+    missing, and at the first noted success, after which nothing of that run is kept.
     """
 
     type: Literal["robot_recordings"] = "robot_recordings"
