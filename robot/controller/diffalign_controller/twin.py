@@ -6,6 +6,7 @@ Legend: Da action features.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -30,8 +31,9 @@ class TwinProcess:
 
     def __init__(self, module: str, words: Sequence[str]) -> None:
         """Raises: ValueError if it does not start; what it said stands on stderr."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # our imports
         self._process = subprocess.Popen([sys.executable, "-m", module, "--until-stdin-closes", *words],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
