@@ -127,8 +127,8 @@ def test_a_connection_that_comes_back_is_gone_on_with(package, deployed) -> None
 
 def test_nan_is_not_sent_and_ends_with_its_code(tmp_path, deployed) -> None:
     folder = write_package(tmp_path / "nan", (0.8, 0.5, 0.5), nan_above=0.2)
-    code, _, log, truth = deployed(folder, seconds=9)
-    assert code == Exit.BAD_ACTION
+    code, _, log, truth = deployed(folder, seconds=9, options=("--max-age", "2", "--max-inference", "2"))
+    assert code == Exit.BAD_ACTION, log[-1]["reason"]
     assert any(record["wish"] == [None, None, None] for record in log if "wish" in record)
     assert np.isfinite([line["command"] for line in truth]).all()
     assert max(line["position"][0] for line in truth) < 0.5
