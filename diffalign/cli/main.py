@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 the reader of a pipe left."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    if COMMANDS[args.name].forwards:
+        args.words, rest = rest, []
     loose = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(loose) < len(rest) or (loose and "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -54,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: where it is implemented, what --help says, its own arguments, and which shared ones it takes."""
+    """A subcommand: where it is implemented, what --help says, its own arguments, and which shared ones it takes.
+
+    forwards: whether all words but --traceback go on to the implementation unread, --help among them.
+    """
 
     module: str
     function: str
@@ -63,6 +68,7 @@ class Command:
     add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     json: bool = False
     threads: bool = False
+    forwards: bool = False
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Run it; the implementation is imported now."""
@@ -138,6 +144,9 @@ COMMANDS = {
     "export": Command(
         "commands", "export", "write a robot policy as ONNX with manifest, parity and latency report",
         "diffalign export runs/demo-robot --to controllers/pick-place", _export_arguments, json=True, threads=True),
+    "deploy": Command(
+        "controller", "deploy", "run an exported policy on a robot, or on its digital twin",
+        "diffalign deploy controllers/pick-place --robot twin --seconds 5", forwards=True),
     "report": Command(
         "commands", "report", "rebuild report.html of a run folder, finished or not",
         "diffalign report runs/demo-robot", _report_arguments),
@@ -160,7 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
         text = command.help.replace("%", "%%")
         about = f"{command.help[0].upper()}{command.help[1:]}."
         own = sub.add_parser(
-            name, help=text, description=about, epilog=f"example:\n  {command.example}", formatter_class=raw
+            name, help=text, description=about, epilog=f"example:\n  {command.example}", formatter_class=raw,
+            add_help=not command.forwards,
         )
         own.set_defaults(command=command)
         command.add(own)

@@ -26,6 +26,7 @@ _JOBS = {
     "robot_off_policy": ("Off-policy improvement of a frozen robot policy", "iterations",
                          "Measured on the exploring policy's own rollouts."),
     "robot_preference": ("Robot policy preference learning", "steps", "Measured on training batches."),
+    "robot_recordings": ("Recorded robot episodes", "episodes", "As the robot noted them, or as you labelled them."),
     "robot_compose": ("Composition of robot policies", "weights tried", "Success of each candidate in the search."),
     "image_pretrain": ("Image model pre-training", "steps", "Measured on training batches."),
     "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),

@@ -27,17 +27,23 @@ Expert = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Episodes laid end to end; `lengths` says where each ends. Actions are as executed (after clipping)."""
+    """Episodes laid end to end; `lengths` says where each ends. Actions are as executed (after clipping).
+
+    intervention: 1 where a person acted and not the policy, None where nobody recorded that.
+    """
 
     obs: Float[Tensor, "T Do"]
     action: Float[Tensor, "T Da"]
     lengths: Int[Tensor, "E"]
     success: Int[Tensor, "E"]
+    intervention: Int[Tensor, "T"] | None = None
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Write demonstrations.safetensors and demonstrations.json into the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"obs": self.obs, "action": self.action, "lengths": self.lengths, "success": self.success}
+        if self.intervention is not None:
+            tensors["intervention"] = self.intervention
         save_file(tensors, folder / "demonstrations.safetensors")
         (folder / "demonstrations.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
@@ -56,7 +62,8 @@ class Demonstrations:
         if not bool(kept.any()):
             raise ValueError(f"none of the {len(kept)} recorded episodes succeeded; record others")
         steps = kept.repeat_interleave(self.lengths)
-        return Demonstrations(self.obs[steps], self.action[steps], self.lengths[kept], self.success[kept])
+        return Demonstrations(self.obs[steps], self.action[steps], self.lengths[kept], self.success[kept],
+                              None if self.intervention is None else self.intervention[steps])
 
     def windows(self, chunk: int) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
         """Every (observation, the chunk of actions that followed it) that lies inside one episode.

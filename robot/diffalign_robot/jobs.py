@@ -6,5 +6,6 @@ from diffalign_robot.collection import RobotCollect
 from diffalign_robot.composition import RobotCompose
 from diffalign_robot.improvement import RobotOffPolicy
 from diffalign_robot.preference import RobotPreference
+from diffalign_robot.recordings import RobotRecordings
 
-JOBS = (RobotCollect, RobotBC, RobotAlign, RobotOffPolicy, RobotPreference, RobotCompose)
+JOBS = (RobotCollect, RobotBC, RobotAlign, RobotOffPolicy, RobotPreference, RobotCompose, RobotRecordings)

@@ -1,0 +1,219 @@
+"""`diffalign-controller DIR --robot ...`: an exported policy on a robot, until the time is up or something stops it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign_controller import limits as limit_files
+from diffalign_controller import options
+from diffalign_controller.chunks import RecedingHorizon
+from diffalign_controller.inference import Inference, InLine, Threaded
+from diffalign_controller.log import Log
+from diffalign_controller.loop import Controller, Exit, Recorder, Settings
+from diffalign_controller.policy import Policy, read_manifest
+from diffalign_controller.robot import Clock, MonotonicClock, Observation, Robot
+from diffalign_controller.robots import Closes, Named, Notes, Reports, open_robot
+from diffalign_controller.safety import Limits, SafetyFilter
+from diffalign_controller.watchdog import Watchdog
+
+_EXAMPLE = """\
+example:
+  {prog} controllers/pick-place --robot twin --seconds 5 --log runs/twin-log
+  {prog} controllers/arm --robot lerobot:so101_follower port=/dev/ttyACM0 id=left --limits arm.yaml
+  {prog} controllers/arm --robot dds joints=shoulder,elbow,wrist --limits joint_limits.yaml --rate 50
+
+exit codes:
+  0 done or asked to stop, 1 crash, 2 wrong use, 3 emergency stop, 4 stale or frozen observation, 5 no chunk or a failed
+  policy, 6 NaN or infinity, 7 tool outside its box, 8 robot not reached
+"""
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "diffalign-controller") -> int:
+    """The exit code of a deployment (loop.Exit), 2 for what the user can fix."""
+    args = parser(prog).parse_intermixed_args(argv)
+    with ExitStack() as stack:
+        try:
+            deployment = prepared(args, stack)
+        except ConnectionError as error:
+            print(f"error: the robot cannot be reached: {error}", file=sys.stderr)
+            return int(Exit.CONNECTION)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return int(deployment.run())
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The arguments of a deployment."""
+    found = argparse.ArgumentParser(prog=prog, epilog=_EXAMPLE.format(prog=prog),
+                                    description="Run an exported policy on a robot, within its limits.",
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("package", metavar="DIR", type=Path, help="a package that `diffalign export` wrote")
+    add("options", nargs="*", metavar="key=value", help="options of the robot, see docs/robots.md")
+    add("--robot", required=True, metavar="NAME", help="twin, lerobot:TYPE, dds, or module:function")
+    add("--rate", type=float, metavar="HZ", help="control rate (default: the package's)")
+    add("--seconds", type=float, help="how long (default: until Ctrl-C or SIGTERM, which bring the robot to rest)")
+    add("--log", type=Path, metavar="DIR", help="folder of the log (default: logs/<name of the package>)")
+    add("--limits", type=Path, metavar="FILE", help="joint limits as in ROS 2's joint_limits.yaml, or the same as JSON "
+        "(default: the package's action limits)")
+    add("--rest", choices=["last", "zero"], help="what brings the robot to rest: the last command, where commands are "
+        "places, or zero, where they are velocities or changes (default: zero for an environment's twin, else last)")
+    add("--execute", type=int, metavar="N", help="actions of a chunk before the next is asked for (default: half)")
+    add("--inference", choices=["thread", "inline"], default="thread", help="where decisions are made "
+        "(default: %(default)s); inline waits for each, for policies that need a fraction of a period")
+    add("--ramp", type=float, default=1.0, metavar="S", help="seconds over which actions are blended in (default: "
+        "%(default)s)")
+    add("--max-age", type=float, default=0.1, metavar="S", help="of an observation (default: %(default)s)")
+    add("--max-unchanged", type=float, metavar="S", help="of an observation's values (default: for ever)")
+    add("--max-inference", type=float, default=0.5, metavar="S", help="of a decision (default: %(default)s)")
+    add("--max-hold", type=float, default=2.0, metavar="S", help="of a hold before the stop (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the policy's noise (default: %(default)s)")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    return found
+
+
+@dataclasses.dataclass
+class Deployment:
+    """A controller on a robot that answers, ready to run."""
+
+    controller: Controller
+    robot: Robot
+    log: Path
+    seconds: float
+    as_json: bool
+
+    def run(self) -> Exit:
+        """Control, with Ctrl-C and SIGTERM bringing the robot to rest, and say how it went on stdout."""
+        with _asked_by_signals(self.controller):
+            code = self.controller.run(self.seconds)
+        timing, periods = self.controller.timing, np.array(self.controller.timing.periods_s or [math.nan]) * 1000
+        summary = {"exit": int(code), "meaning": code.name.lower(), "reason": self.controller.reason,
+                   "ticks": timing.ticks, "missed": timing.missed, "period_ms_p50": round(float(np.median(periods)), 3),
+                   "period_ms_p99": round(float(np.quantile(periods, 0.99)), 3), "log": str(self.log)}
+        summary |= self.robot.report() if isinstance(self.robot, Reports) else {}
+        lines = [f"{name:<14} {value}" for name, value in summary.items()]
+        print(json.dumps(summary) if self.as_json else "\n".join(lines))
+        return code
+
+
+class Tagged:
+    """A log whose ticks also hold what the robot notes, and whose changes of state are shown on stderr."""
+
+    def __init__(self, log: Recorder, robot: Robot) -> None:
+        self._log, self._robot, self._start_s = log, robot, time.monotonic()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Pass it on."""
+        if "tick" in record and isinstance(self._robot, Notes):
+            record = {**record, **self._robot.note()}
+        if record.get("event") in ("state", "crash"):
+            print(f"{time.monotonic() - self._start_s:8.2f} s  {record.get('to', 'crash'):<9}  {record['reason']}",
+                  file=sys.stderr)
+        self._log.write(record)
+
+
+def prepared(args: argparse.Namespace, stack: ExitStack) -> Deployment:
+    """Everything checked before the first command; the stack closes it.
+
+    Raises: ValueError or OSError for what the user can fix. ConnectionError if the robot does not answer.
+    """
+    manifest, clock = read_manifest(args.package), MonotonicClock()
+    rate_hz = manifest["control_rate_hz"] if args.rate is None else args.rate
+    if rate_hz is None:
+        raise ValueError("the package does not know its control rate; give the training environment's with --rate HZ")
+    if not 0 < rate_hz < math.inf:
+        raise ValueError(f"--rate must be positive, got {rate_hz}")
+    policy = Policy(args.package, seed=args.seed)
+    content = None if args.limits is None else limit_files.read_limits(args.limits)
+    pairs = options.words(args.options)
+    robot = open_robot(args.robot, pairs, manifest, rate_hz, clock)
+    if isinstance(robot, Closes):
+        stack.callback(robot.close)
+    seen = _first_observation(robot, clock)
+    _require_fit(policy, seen)
+    names = robot.names if isinstance(robot, Named) else None
+    limits = limit_files.package_limits(policy.low, policy.high) if content is None \
+        else limit_files.limits_of(content, policy.low, policy.high, rate_hz, names)
+    of_environment = args.robot == "twin" and pairs.get("world") != "arm" and bool(manifest.get("environment"))
+    settings = Settings(
+        rate_hz=rate_hz, ramp_s=args.ramp, rest=args.rest or ("zero" if of_environment else "last"),
+        workspace=None if content is None else limit_files.workspace_of(content),
+        watchdog=Watchdog(observation_age_s=args.max_age, unchanged_s=args.max_unchanged,
+                          inference_s=args.max_inference, hold_s=args.max_hold))
+    safety = SafetyFilter(limits, 1 / rate_hz)
+    safety.reset(np.zeros_like(seen.position) if settings.rest == "zero" else seen.position)
+    inference = _inference(args.inference, policy, stack)
+    folder = args.log or Path("logs") / args.package.resolve().name
+    log = Log(folder)
+    stack.callback(log.close)
+    log.write(_header(args, manifest, limits, settings))
+    scheme = RecedingHorizon(execute=max(1, policy.chunk // 2) if args.execute is None else args.execute)
+    controller = Controller(robot, inference, scheme, safety, Tagged(log, robot), clock, settings)
+    return Deployment(controller, robot, folder, math.inf if args.seconds is None else args.seconds, args.json)
+
+
+def _first_observation(robot: Robot, clock: Clock, *, patience_s: float = 5.0) -> Observation:
+    """The first that comes. Raises: ConnectionError if none comes in that time."""
+    deadline = clock.now_s() + patience_s
+    while True:
+        try:
+            return robot.observe()
+        except ConnectionError:
+            if clock.now_s() > deadline:
+                raise
+        clock.sleep_until(clock.now_s() + 0.01)
+
+
+def _require_fit(policy: Policy, seen: Observation) -> None:
+    found, wanted = (seen.values.shape, seen.position.shape), ((policy.obs_dim,), (policy.action_dim,))
+    if found != wanted:
+        raise ValueError(f"the policy reads observations of shape {wanted[0]} and commands {wanted[1]}, the robot has "
+                         f"{found[0]} and {found[1]}; choose the robot or the package that fits")
+
+
+def _inference(where: str, policy: Policy, stack: ExitStack) -> Inference:
+    if where == "inline":
+        return InLine(policy.decide)
+    threaded = Threaded(policy.decide)
+    stack.callback(threaded.close)
+    return threaded
+
+
+def _header(args: argparse.Namespace, manifest: dict[str, Any], limits: Limits, settings: Settings) -> dict[str, Any]:
+    return {"event": "start", "wall_time_s": time.time(), "package": args.package.resolve().name,
+            "sha256": manifest["sha256"], "environment": manifest.get("environment"), "robot": args.robot,
+            "options": args.options, "seed": args.seed, "limits": dataclasses.asdict(limits),
+            "settings": dataclasses.asdict(settings)}
+
+
+@contextmanager
+def _asked_by_signals(controller: Controller) -> Iterator[None]:
+    """Ctrl-C and SIGTERM bring the robot to rest; only where this is the main thread, which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: controller.stop()) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
