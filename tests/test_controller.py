@@ -579,6 +579,30 @@ def test_a_dead_inference_thread_is_noticed() -> None:
     assert within_limits(robot)
 
 
+class Silent(InLine):
+    """Decides until `until_s` and never answers again."""
+
+    def __init__(self, decide, clock, until_s):
+        super().__init__(decide)
+        self.clock, self.until_s = clock, until_s
+
+    def answer(self):
+        return super().answer() if self.clock.now_s() < self.until_s else None
+
+
+def test_a_hold_whose_cause_shows_later_names_the_cause() -> None:
+    """The chunk (eight actions, 0.16 s) ends before the pending decision is called late (0.3 s)."""
+    clock, log = SteppedClock(), List()
+    robot = PointRobot(clock)
+    silent = Silent(towards([0.5, -0.5]), clock, clock.now_s() + 1.0)
+    loop = controller(robot, clock, None, log=log, inference=silent, watchdog=Watchdog(inference_s=0.3, hold_s=0.5))
+    assert loop.run(4.0) == Exit.LATE
+    first = next(record for record in log if record.get("to") == "hold")
+    assert "no chunk reaches" in first["reason"]
+    assert "inference has taken" in log[-1]["reason"]
+    assert within_limits(robot)
+
+
 def test_a_loop_in_real_time_keeps_its_rate_beside_a_thread(tmp_path) -> None:
     clock = MonotonicClock()
     robot, log = PointRobot(clock), Log(tmp_path)

@@ -57,7 +57,7 @@ class Controller:
         self._asked_s: float | None = None  # when the pending decision was asked for
         self._delay = 0.0  # expected of a decision, in control periods
         self._said = (0, 0.0)  # the ticks and the time of the last status line
-        self._stop_asked = self._was_lost = False
+        self._stop_asked = self._was_lost = self._symptom = False
         self._seen: Observation | None = None
         self._changed_s = 0.0
         self._begin: Array = np.zeros(0)
@@ -209,7 +209,10 @@ class Controller:
         elif wish is None and late is None and self.state is State.IDLE and not self.timing.delays_s:
             pass  # the first chunk is on its way
         elif wish is None or late is not None:
-            self._miss(*((late, Exit.LATE) if late else self._out_of_time(now)), now)
+            if late is None:
+                self._miss(*self._out_of_time(now), now, symptom=True)
+            else:
+                self._miss(late, Exit.LATE, now)
         elif not np.isfinite(wish).all():
             self.scheme.clear()
             self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
@@ -238,15 +241,18 @@ class Controller:
             return self.safety.filter(np.zeros_like(self.safety.position))
         return self.safety.stop()
 
-    def _miss(self, reason: str, code: Exit, now: float) -> None:
-        """Hold, or stop for good when the hold has lasted too long."""
+    def _miss(self, reason: str, code: Exit, now: float, *, symptom: bool = False) -> None:
+        """Hold, or stop for good when the hold has lasted too long; a cause replaces the symptom before it."""
         if self.state in (State.SAFE_STOP, State.FAULT):
             return
         if self.state is not State.HOLD:
             self.scheme.clear()
             self.holds += 1
             self._enter(State.HOLD, reason, code)
-        elif self.settings.watchdog.expired(held_s=now - self._since_s):
+            self._symptom = symptom
+        elif self._symptom and not symptom:
+            self.reason, self._exit, self._symptom = reason, code, False
+        if self.state is State.HOLD and self.settings.watchdog.expired(held_s=now - self._since_s):
             self._enter(State.SAFE_STOP, f"held for too long: {self.reason}", self._exit)
 
     def _enter(self, state: State, reason: str, code: Exit) -> None:
