@@ -61,7 +61,15 @@ def evaluate(args: argparse.Namespace) -> int:
     """`diffalign evaluate RUN`: one JSON object, or the same as lines."""
     prepare(args.threads)
     run, job = jobs.open_run(Path(args.run))
-    result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
+    if args.controller is None:
+        result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
+    else:
+        from diffalign_robot.export import ExportableJob
+        from diffalign_robot.rehearsal import rehearse
+
+        if not isinstance(job, ExportableJob):
+            raise ValueError(f"{args.run} is no robot run; --controller plays a package that `diffalign export` wrote")
+        result = rehearse(run, job, Path(args.controller), seed=args.seed, episodes=args.episodes, sampler=args.sampler)
     print(json.dumps(result) if args.json else readable(result))
     return 0
 
@@ -81,12 +89,15 @@ def export(args: argparse.Namespace) -> int:
     """`diffalign export RUN --to DIR`: a controller package with its parity and latency report."""
     prepare(args.threads)
     run, job = jobs.open_run(Path(args.run))
-    from diffalign_robot.export import ExportableJob, export_run
+    from diffalign_robot.export import ExportableJob, Packing, export_run
 
     if not isinstance(job, ExportableJob):
         raise ValueError(f"{args.run} is no robot run; a controller is exported from a run with a robot policy")
-    result = export_run(run, job, Path(args.to), sampler=args.sampler)
-    print(json.dumps(result) if args.json else readable({"package": args.to, **result["parity"], **result["latency"]}))
+    packing = Packing(precision=args.precision, archive=args.archive, tolerance=args.tolerance)
+    result = export_run(run, job, Path(args.to), packing, sampler=args.sampler)
+    archive = {f"{name} (policy.pt2)": value for name, value in result.get("archive_parity", {}).items()}
+    shown = {"package": args.to, "precision": result["precision"], **result["parity"], **archive, **result["latency"]}
+    print(json.dumps(result) if args.json else readable(shown))
     return 0
 
 
