@@ -154,6 +154,25 @@ def test_the_graph_is_the_policy(name, base, tmp_path) -> None:
     assert float(policy(obs, **draws).std(0).min()) > 0.01  # it is no constant
 
 
+def test_a_chain_with_real_time_chunking_is_pulled_towards_the_old_chunk(base, tmp_path) -> None:
+    plain = ExportedPolicy(evaluation_policy(base, "ode"))
+    policy = ExportedPolicy(plain.policy, chunking=True)
+    assert policy.shapes == {"obs": (1, DO), **NOISE, "previous": (1, TA, DA), "weight": (1, TA)}
+    write_graph(policy, tmp_path / "policy.onnx")
+    generator = torch.Generator().manual_seed(0)
+    obs = random_observations(policy, 200, generator)
+    decide = open_graph(tmp_path / "policy.onnx")
+    assert difference(policy, decide, obs, generator)["max_abs_difference"] <= 1e-4
+    drawn = policy.draw(200, generator)
+    free = plain(obs, drawn["noise"])
+    torch.testing.assert_close(policy(obs, **{**drawn, "weight": torch.zeros(200, TA)}), free, atol=1e-5, rtol=0)
+    first = torch.tensor([1.0, 0.0]).repeat(200, 1)  # the first action will be executed, the second is free
+    held = policy(obs, **{**drawn, "weight": first})
+    apart, before = ((chunk - drawn["previous"]).abs().mean((0, 2)) for chunk in (held, free))
+    assert apart[0] < 0.4 * before[0]
+    assert apart[1] > 0.6 * before[1]
+
+
 def test_given_noise_is_the_chain_that_act_draws(base) -> None:
     """The same numbers as `act` when the noise is what its generator would have drawn."""
     unnormalize = base.denoiser.action_normalizer.unnormalize
@@ -180,6 +199,12 @@ def test_what_no_graph_can_hold_is_refused_by_name(tmp_path) -> None:
         ExportedPolicy(improved(small_policy(), OnActions(scale=0.5)).with_mode("explore"))
     with pytest.raises(ValueError, match="branches on the values of its inputs"):  # how much noise, it learned
         write_graph(ExportedPolicy(injecting(small_policy())), tmp_path / "policy.onnx")
+    with pytest.raises(ValueError, match=r"real-time chunking is of a chain alone.*export the base run"):
+        ExportedPolicy(improved(small_policy(), OnActions(scale=0.5)), chunking=True)
+    with pytest.raises(ValueError, match="inpainting needs a deterministic sampler, got DDPM"):
+        ExportedPolicy(small_policy(), chunking=True)
+    with pytest.raises(ValueError, match="a steered policy chooses its chunk by the start"):
+        ExportedPolicy(evaluation_policy(steered(small_policy()), "ode"), chunking=True)
     examples = {"x": torch.ones(2)}
     with pytest.raises(ValueError, match="draws random numbers inside"):
         record(lambda x: x + torch.randn(2), examples)
@@ -458,6 +483,11 @@ def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path) -> None:
     manifest = json.loads((tmp_path / "package/manifest.json").read_text())
     assert manifest["inputs"][0]["shape"] == [1, 5]
     assert manifest["environment"]["keys"] == ["desired_goal", "achieved_goal"]
+    chunking = ["--real-time-chunking", "--sampler", "ode"]
+    assert main(["export", str(tmp_path / "bc"), "--to", str(tmp_path / "chunking"), *chunking]) == 0
+    inputs = json.loads((tmp_path / "chunking/manifest.json").read_text())["inputs"]
+    assert [entry["name"] for entry in inputs] == ["obs", "noise", "previous", "weight"]
+    assert "1 (will be executed) to 0 (free)" in inputs[-1]["meaning"]
     played = rehearse(Run(tmp_path / "bc"), job, tmp_path / "package", seed=0, episodes=3, sampler=None)
     assert played["same_outcome"] == 3
 

@@ -93,7 +93,7 @@ def export(args: argparse.Namespace) -> int:
 
     if not isinstance(job, ExportableJob):
         raise ValueError(f"{args.run} is no robot run; a controller is exported from a run with a robot policy")
-    packing = Packing(precision=args.precision, archive=args.archive, tolerance=args.tolerance)
+    packing = Packing(args.precision, args.archive, args.real_time_chunking, args.tolerance)
     result = export_run(run, job, Path(args.to), packing, sampler=args.sampler)
     archive = {f"{name} (policy.pt2)": value for name, value in result.get("archive_parity", {}).items()}
     shown = {"package": args.to, "precision": result["precision"], **result["parity"], **archive, **result["latency"]}

@@ -114,6 +114,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, metavar="X", help=tolerance)
     archive = "also write policy.pt2, the same in float32 by torch.export"
     parser.add_argument("--archive", action="store_true", help=archive)
+    chunking = "two more inputs, the previous chunk and its weights, towards which the chain is pulled (--sampler ode)"
+    parser.add_argument("--real-time-chunking", action="store_true", help=chunking)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,9 @@ FORMAT = 1
 GRAPH, ARCHIVE = "policy.onnx", "policy.pt2"
 TOLERANCE = 1e-4  # of a chunk's numbers, in robot units; float32 keeps it
 _MEANING = {"obs": "observation, as the environment gives it", "noise": "standard normal draws: where the chains start",
-            "step_noise": "standard normal draws: the noise of the denoising steps"}
+            "step_noise": "standard normal draws: the noise of the denoising steps",
+            "previous": "real-time chunking: the actions of the previous chunk from now on, in the environment's units",
+            "weight": "real-time chunking: how much each of them holds, 1 (will be executed) to 0 (free)"}
 
 
 @runtime_checkable
@@ -56,6 +58,7 @@ class Packing:
     """How a policy is packed.
 
     precision: of the networks' products in policy.onnx. archive: also policy.pt2 of torch.export, always in fp32.
+    chunking: with the inputs of real-time chunking.
     tolerance: the largest difference to the torch policy, in robot units; None is 1e-4 for fp32, else no limit.
     samples, calls: of the parity and latency report.
 
@@ -64,6 +67,7 @@ class Packing:
 
     precision: Precision = "fp32"
     archive: bool = False
+    chunking: bool = False
     tolerance: float | None = None
     samples: int = 1000
     calls: int = 500
@@ -93,7 +97,7 @@ def export_run(run: Run, job: ExportableJob, to: Path, packing: Packing, *, samp
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{to} is not an empty folder; choose another --to, or remove it")
     sampler = sampler or job.evaluation.sampler
-    policy = ExportedPolicy(evaluation_policy(job.trained_policy(run), sampler))
+    policy = ExportedPolicy(evaluation_policy(job.trained_policy(run), sampler), packing.chunking)
     partial = to.parent / f".{to.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
