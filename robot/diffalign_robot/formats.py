@@ -23,7 +23,7 @@ Decide = Callable[[Mapping[str, Array]], Array]
 """The chunk [1, Ta, Da] for one decision's inputs by name, in the policy's order."""
 
 OPSET = 18
-_PRODUCTS = {"fp16": {"Gemm", "MatMul", "Conv"}, "int8": {"Gemm", "MatMul"}}
+_HALVED = {"Gemm", "MatMul", "Conv"}
 
 
 def write_graph(policy: ExportedPolicy, file: Path, precision: Precision = "fp32") -> None:
@@ -42,8 +42,12 @@ def write_graph(policy: ExportedPolicy, file: Path, precision: Precision = "fp32
     with _quiet("torch.onnx._internal.exporter._registration"):  # it misses torchvision, of which nothing is used
         torch.onnx.export(graph, tuple(examples.values()), str(file), input_names=list(examples),
                           output_names=["chunk"], opset_version=OPSET, dynamo=True, external_data=False, verbose=False)
-    if precision != "fp32":
-        _lower(onnx.load(file), file, precision)
+    if precision == "int8":
+        _quantize(onnx.load(file), file)
+    if precision == "fp16":
+        model = onnx.load(file)
+        _halve(model)
+        onnx.save(model, file)
 
 
 def write_archive(policy: ExportedPolicy, file: Path) -> None:
@@ -89,21 +93,46 @@ def _recorded(policy: ExportedPolicy) -> tuple[fx.GraphModule, dict[str, Tensor]
     return record(policy, examples).eval(), examples
 
 
-def _lower(model: Any, file: Path, precision: Literal["fp16", "int8"]) -> None:
+def _quantize(model: Any, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    kinds = {node.op_type for node in model.graph.node}
-    lowered = kinds & _PRODUCTS[precision]
-    with _quiet(None):
-        if precision == "fp16":
-            import onnx
+    with _quiet(None):  # 7 bits: with 8, processors without VNNI saturate
+        quantize_dynamic(model, file, op_types_to_quantize=["Gemm", "MatMul"], weight_type=QuantType.QInt8,
+                         per_channel=True, reduce_range=True)
 
-            half = convert_float_to_float16(model, keep_io_types=True, op_block_list=sorted(kinds - lowered))
-            onnx.save(half, file)
-        else:  # 7 bits: with 8, processors without VNNI saturate
-            quantize_dynamic(model, file, op_types_to_quantize=sorted(lowered), weight_type=QuantType.QInt8,
-                             per_channel=True, reduce_range=True)
+
+def _halve(model: Any) -> None:
+    """In place: the products read and write float16, between casts; their weights are stored as float16.
+
+    (onnxruntime's own conversion rounds every tensor of the graph, also between operations that it leaves alone.)
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    half: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        if node.op_type not in _HALVED:
+            nodes.append(node)
+            continue
+        for i, name in enumerate(node.input):
+            if name and name not in half:
+                half[name] = f"{name}_fp16"
+                if name in weights:
+                    values = numpy_helper.to_array(weights[name]).astype(np.float16)
+                    graph.initializer.append(numpy_helper.from_array(values, half[name]))
+                else:
+                    nodes.append(helper.make_node("Cast", [name], [half[name]], to=TensorProto.FLOAT16))
+            node.input[i] = half.get(name, "")
+        (result,) = node.output
+        node.output[0] = f"{result}_product"
+        nodes += [node, helper.make_node("Cast", [node.output[0]], [result], to=TensorProto.FLOAT)]
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    for field, values in (("node", nodes), ("initializer", kept), ("value_info", [])):
+        graph.ClearField(field)
+        getattr(graph, field).extend(values)
 
 
 @contextmanager
