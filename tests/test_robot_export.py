@@ -247,6 +247,7 @@ def test_a_package_is_complete_and_says_what_it_is(runs) -> None:
         assert parity["tolerance"] == 1e-4
         for name in ("random", "recorded"):
             assert 0 <= parity[name]["mean_abs_difference"] <= parity[name]["max_abs_difference"] <= 1e-4
+    assert report["archive_parity"]["random"]["observations"] == 100
     assert report["graph"]["bytes"] == (folder / "policy.onnx").stat().st_size
     assert report["graph"]["load_ms"] > 0
     assert report["latency"]["onnxruntime"]["p50_ms"] < report["latency"]["torch"]["p50_ms"]
@@ -453,7 +454,9 @@ def test_a_controller_is_played_beside_its_run(runs, tmp_path, capsys, monkeypat
     result = json.loads(capsys.readouterr().out)
     assert 0 < result["max_abs_difference"] <= 1e-4
     assert result["same_outcome"] == result["episodes"] == 40
-    assert {name: result[name] for name in result["torch"]} == pytest.approx(result["torch"], rel=1e-4)
+    assert result["success_rate"] == result["torch"]["success_rate"]
+    assert result["interval"] == result["torch"]["interval"]
+    assert result["sampler"] == result["torch"]["sampler"] == "ddpm (4 steps, stochastic)"
     assert 0.15 < result["success_rate"] < 0.95
     assert main([*command, "--sampler", "ode"]) == 2
     assert "the controller has sampler ddpm (4 steps, stochastic), the run ode" in capsys.readouterr().err
@@ -471,7 +474,7 @@ def test_a_controller_is_played_beside_its_run(runs, tmp_path, capsys, monkeypat
 
 def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path) -> None:
     goal = Gymnasium(id="toy_env:ToyGoalPoint-v0", horizon=10, keys=("desired_goal", "achieved_goal"))
-    episodes = list(collect(goal, lambda: lambda obs: (1 - obs[3:]).clip(-1, 1), seeds=[0, 1, 2], action_noise=0.3,
+    episodes = list(collect(goal, lambda: lambda obs: 0.1 * (1 - obs[3:]), seeds=[0, 1, 2], action_noise=0.3,
                             noise_seed=0))
     join(episodes).save(tmp_path / "demos", {})
     job = RobotBC(base=str(tmp_path / "demos"), environment=goal, network=ChunkMLP(width=8, blocks=1), chunk=TA,
