@@ -42,7 +42,7 @@ from diffalign_robot.export import Packing
 from diffalign_robot.exported import ExportedPolicy
 from diffalign_robot.formats import open_graph, write_graph
 from diffalign_robot.graphs import record
-from diffalign_robot.jobs import RobotBC, RobotCollect, RobotOffPolicy
+from diffalign_robot.jobs import RobotBC, RobotOffPolicy
 from diffalign_robot.parity import difference, random_observations
 from diffalign_robot.queued import QueuedBase
 from diffalign_robot.rehearsal import rehearse
@@ -464,9 +464,12 @@ def test_a_controller_is_played_beside_its_run(runs, tmp_path, capsys, monkeypat
     (tmp_path / "bc/checkpoints/step_00000300").rename(tmp_path / "bc/checkpoints/step_00000301")
     assert main(["evaluate", str(tmp_path / "bc"), *command[2:]]) == 2
     assert "the controller has checkpoint step_00000300, the run step_00000301" in capsys.readouterr().err
-    collecting = open_run(tmp_path / "collect", RobotCollect(environment=TOY))
-    assert main(["evaluate", str(collecting.path), *command[2:]]) == 2
-    assert "is no robot run; --controller plays a package" in capsys.readouterr().err
+    (tmp_path / "image").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "configs/image/shapes_pretrain.yaml", tmp_path / "image/config.yaml")
+    for image in (["evaluate", str(tmp_path / "image"), *command[2:]],
+                  ["export", str(tmp_path / "image"), "--to", str(tmp_path / "x")]):
+        assert main(image) == 2
+        assert "image is no robot run; a controller is of a run with a robot policy" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "diffalign_controller.policy", None)
     assert main(command) == 2
     assert "pip install ./robot/controller" in capsys.readouterr().err
