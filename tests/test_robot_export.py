@@ -20,7 +20,7 @@ from test_robot_policy import small_policy
 import diffalign_controller
 from diffalign.algorithms import DSRL, ResidualRL
 from diffalign.cli.main import main
-from diffalign.diffusion import ODE
+from diffalign.diffusion import ODE, FlowSDE, NoisyODE
 from diffalign.policy.actors import BoundedActor
 from diffalign.policy.compose import compose
 from diffalign.policy.improved import ImprovedPolicy
@@ -36,15 +36,18 @@ from diffalign_controller import rehearsal
 from diffalign_controller.log import read
 from diffalign_controller.loop import Exit
 from diffalign_robot import export
-from diffalign_robot.choices import ChunkMLP
+from diffalign_robot.choices import ChunkMLP, ChunkTransformer, ChunkUNet, Gymnasium
 from diffalign_robot.demos import Demonstrations, collect, join
 from diffalign_robot.evaluate import evaluate, evaluation_policy, seeds_for
+from diffalign_robot.export import Packing
 from diffalign_robot.exported import ExportedPolicy
+from diffalign_robot.formats import open_graph, write_graph
 from diffalign_robot.graphs import record
 from diffalign_robot.jobs import RobotBC, RobotOffPolicy
-from diffalign_robot.parity import difference, open_session, random_observations
+from diffalign_robot.parity import difference, random_observations
 from diffalign_robot.queued import QueuedBase
-from diffalign_robot.runs import build_policy, steer
+from diffalign_robot.rehearsal import rehearse
+from diffalign_robot.runs import add_noise, build_policy, steer
 from diffalign_robot.vector import ChunkVectorEnv
 
 TA, DA, DO, K = 2, 2, 2, 4
@@ -60,7 +63,7 @@ def runs(tmp_path_factory):
                   denoising_steps=K, num_envs=32, workers=1, evaluation=QUICK,
                   pretraining=Pretraining(steps=300, batch_size=64, learning_rate=3e-3, time="grid", ema_decay=0.95))
     job.train(open_run(root / "bc", job))
-    report = export.export_run(Run(root / "bc"), job, root / "package", samples=150, calls=30)
+    report = export.export_run(Run(root / "bc"), job, root / "package", Packing(archive=True, samples=150, calls=30))
     return root, job, report
 
 
@@ -71,12 +74,12 @@ def base(runs):
     return job.trained_policy(Run(root / "bc"))
 
 
-def stirred(module):
+def stirred(module, by=0.3):
     """Every parameter moved: last layers that start at zero would hide a part that is not in the graph."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
     return module
 
 
@@ -95,6 +98,21 @@ def composed(base):
     return compose([base, other], [0.7, 0.3])
 
 
+def another_network(base, spec, **choices):
+    torch.manual_seed(3)
+    normalizers = base.denoiser.observation_normalizer, base.denoiser.action_normalizer
+    policy = build_policy(spec, TA, DO, DA, K, normalizers=normalizers, **choices)
+    stirred(policy.denoiser.net, 0.1)
+    return policy
+
+
+def injecting(base):
+    """A flow that learned how much noise its steps add (ReinFlow)."""
+    policy = add_noise(another_network(base, ChunkMLP(width=12, blocks=1), prediction="flow"), (16,), seed=0)
+    stirred(policy.denoiser.noise)
+    return replace(policy, kernel=NoisyODE())
+
+
 def steered(base):
     policy = steer(base, (16,), seed=0)
     stirred(policy.denoiser.noise)
@@ -106,6 +124,11 @@ POLICIES = {
     "stochastic": (lambda base: base, "stochastic", NOISE | STEPS),
     "ode": (lambda base: base, "ode", NOISE),
     "zero_noise": (lambda base: base, "zero_noise", {}),
+    "unet": (lambda base: another_network(base, ChunkUNet(widths=(8, 16), groups=4)), "stochastic", NOISE | STEPS),
+    "transformer": (lambda base: another_network(base, ChunkTransformer(width=8, blocks=1, heads=2)), "ode", NOISE),
+    "flow": (lambda base: replace(another_network(base, ChunkMLP(width=12, blocks=1), prediction="flow"),
+                                  kernel=FlowSDE()), "stochastic", NOISE | STEPS),
+    "reinflow": (injecting, "stochastic", NOISE),
     "steered": (steered, "ode", NOISE),
     "composed": (composed, "stochastic", NOISE | STEPS),
     "residual": (lambda base: improved(base, OnActions(scale=0.5)), "stochastic", NOISE | STEPS),
@@ -123,13 +146,32 @@ def test_the_graph_is_the_policy(name, base, tmp_path) -> None:
     build, sampler, noise = POLICIES[name]
     policy = ExportedPolicy(evaluation_policy(build(base), sampler))
     assert policy.shapes == {"obs": (1, DO), **noise}
-    export.write_graph(policy, tmp_path / "policy.onnx")
-    session = open_session(tmp_path / "policy.onnx")
+    write_graph(policy, tmp_path / "policy.onnx")
+    decide = open_graph(tmp_path / "policy.onnx")
     generator = torch.Generator().manual_seed(0)
     obs = random_observations(policy, 200, generator)
-    assert difference(policy, session, obs, generator) <= 1e-4
+    assert difference(policy, decide, obs, generator)["max_abs_difference"] <= 1e-4
     draws = policy.draw(200, generator)
     assert float(policy(obs, **draws).std(0).min()) > 0.01  # it is no constant
+
+
+def test_a_chain_with_real_time_chunking_is_pulled_towards_the_old_chunk(base, tmp_path) -> None:
+    plain = ExportedPolicy(evaluation_policy(base, "ode"))
+    policy = ExportedPolicy(plain.policy, chunking=True)
+    assert policy.shapes == {"obs": (1, DO), **NOISE, "previous": (1, TA, DA), "weight": (1, TA)}
+    write_graph(policy, tmp_path / "policy.onnx")
+    generator = torch.Generator().manual_seed(0)
+    obs = random_observations(policy, 200, generator)
+    decide = open_graph(tmp_path / "policy.onnx")
+    assert difference(policy, decide, obs, generator)["max_abs_difference"] <= 1e-4
+    drawn = policy.draw(200, generator)
+    free = plain(obs, drawn["noise"])
+    torch.testing.assert_close(policy(obs, **{**drawn, "weight": torch.zeros(200, TA)}), free, atol=1e-5, rtol=0)
+    first = torch.tensor([1.0, 0.0]).repeat(200, 1)  # the first action will be executed, the second is free
+    held = policy(obs, **{**drawn, "weight": first})
+    apart, before = ((chunk - drawn["previous"]).abs().mean((0, 2)) for chunk in (held, free))
+    assert apart[0] < 0.4 * before[0]
+    assert apart[1] > 0.6 * before[1]
 
 
 def test_given_noise_is_the_chain_that_act_draws(base) -> None:
@@ -150,12 +192,20 @@ def test_given_noise_is_the_chain_that_act_draws(base) -> None:
         policy.act({"obs": obs}, generator=generator, step_noise=steps[:2])
 
 
-def test_what_no_graph_can_hold_is_refused_by_name() -> None:
+def test_what_no_graph_can_hold_is_refused_by_name(tmp_path) -> None:
     queued = replace(improved(small_policy(), OnActions(scale=0.5)), base=QueuedBase(small_policy()))
     with pytest.raises(ValueError, match=r"a policy on a QueuedBase cannot be exported.*per_step: false"):
         ExportedPolicy(queued)
     with pytest.raises(ValueError, match="only mode exploit"):
         ExportedPolicy(improved(small_policy(), OnActions(scale=0.5)).with_mode("explore"))
+    with pytest.raises(ValueError, match="branches on the values of its inputs"):  # how much noise, it learned
+        write_graph(ExportedPolicy(injecting(small_policy())), tmp_path / "policy.onnx")
+    with pytest.raises(ValueError, match=r"real-time chunking is of a chain alone.*export the base run"):
+        ExportedPolicy(improved(small_policy(), OnActions(scale=0.5)), chunking=True)
+    with pytest.raises(ValueError, match="inpainting needs a deterministic sampler, got DDPM"):
+        ExportedPolicy(small_policy(), chunking=True)
+    with pytest.raises(ValueError, match="a steered policy chooses its chunk by the start"):
+        ExportedPolicy(evaluation_policy(steered(small_policy()), "ode"), chunking=True)
     examples = {"x": torch.ones(2)}
     with pytest.raises(ValueError, match="draws random numbers inside"):
         record(lambda x: x + torch.randn(2), examples)
@@ -188,15 +238,24 @@ def test_what_depends_on_no_input_is_no_operation_of_the_graph() -> None:
 def test_a_package_is_complete_and_says_what_it_is(runs) -> None:
     root, _, report = runs
     folder = root / "package"
-    assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "policy.onnx", "report.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "policy.onnx", "policy.pt2",
+                                                               "report.json"]
     assert json.loads((folder / "report.json").read_text()) == report
     demonstrations = Demonstrations.load(root / "demos")
     assert report["parity"]["recorded"]["observations"] == min(150, len(demonstrations.obs))
     assert report["parity"]["random"]["observations"] == 150
-    assert all(report["parity"][name]["max_abs_difference"] <= 1e-4 for name in ("random", "recorded"))
+    for parity in (report["parity"], report["archive_parity"]):
+        assert parity["tolerance"] == 1e-4
+        for name in ("random", "recorded"):
+            assert 0 <= parity[name]["mean_abs_difference"] <= parity[name]["max_abs_difference"] <= 1e-4
+    assert report["archive_parity"]["random"]["observations"] == 100
+    assert report["graph"]["bytes"] == (folder / "policy.onnx").stat().st_size
+    assert report["graph"]["load_ms"] > 0
     assert report["latency"]["onnxruntime"]["p50_ms"] < report["latency"]["torch"]["p50_ms"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format"] == export.FORMAT == runtime.FORMAT
+    assert manifest["precision"] == report["precision"] == "fp32"
+    assert set(manifest["sha256"]) == {"policy.onnx", "policy.pt2"}
     assert [entry["shape"] for entry in manifest["inputs"]] == [[1, DO], [1, TA, DA], [1, K, TA, DA]]
     assert manifest["outputs"][0]["shape"] == [1, TA, DA]
     assert manifest["action"] == {"low": [-1.0, -1.0], "high": [1.0, 1.0]}
@@ -353,12 +412,12 @@ def test_a_graph_that_is_not_the_policy_leaves_nothing_behind(runs, tmp_path, mo
     root, job, _ = runs
     other = small_policy()
 
-    def another(policy, file, write=export.write_graph):
-        write(ExportedPolicy(evaluation_policy(other, "stochastic")), file)
+    def another(policy, file, precision):
+        write_graph(ExportedPolicy(evaluation_policy(other, "stochastic")), file, precision)
 
     monkeypatch.setattr(export, "write_graph", another)
     with pytest.raises(ValueError, match=r"differs from the torch policy by .* at most 0.0001 is allowed"):
-        export.export_run(Run(root / "bc"), job, tmp_path / "deep/package", samples=5, calls=2)
+        export.export_run(Run(root / "bc"), job, tmp_path / "deep/package", Packing(samples=5, calls=2))
     assert list((tmp_path / "deep").iterdir()) == []
 
 
@@ -379,6 +438,112 @@ def test_the_command_writes_a_package_or_one_paragraph(runs, tmp_path, capsys, m
     report = json.loads(capsys.readouterr().out)
     assert report["parity"]["recorded"]["max_abs_difference"] <= 1e-4
     assert "ode (4 steps, ode)" in (tmp_path / "empty/manifest.json").read_text()
+    assert not (tmp_path / "empty/policy.pt2").exists()
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("fp16", 0.01), ("int8", 0.5)])
+def test_a_lower_precision_is_smaller_and_says_how_far_it_is(precision, worst, runs, tmp_path, capsys) -> None:
+    root, _, full = runs
+    command = ["export", str(root / "bc"), "--to", str(tmp_path / "package"), "--precision", precision, "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == json.loads((tmp_path / "package/manifest.json").read_text())["precision"] == precision
+    assert report["parity"]["tolerance"] is None
+    for name in ("random", "recorded"):
+        assert 1e-4 < report["parity"][name]["max_abs_difference"] < worst  # in units of a box of width 2
+        assert report["parity"][name]["mean_abs_difference"] < worst / 10
+    assert report["graph"]["bytes"] < full["graph"]["bytes"]
+    chunk = runtime.Policy(tmp_path / "package", seed=1).decide(np.zeros(DO, np.float32))
+    np.testing.assert_allclose(chunk, runtime.Policy(root / "package", seed=1).decide(np.zeros(DO, np.float32)),
+                               atol=worst)
+    command[command.index("--to") + 1] = str(tmp_path / "strict")
+    assert main([*command, "--tolerance", "1e-4"]) == 2
+    assert "differs from the torch policy by" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["package"]
+
+
+def test_a_packing_that_makes_no_sense_is_refused(runs, tmp_path, capsys) -> None:
+    root, _, _ = runs
+    command = ["export", str(root / "bc"), "--to", str(tmp_path / "x"), "--tolerance"]
+    assert main([*command, "0.1"]) == 2
+    assert "fp32 is always held to 0.0001, got a tolerance of 0.1" in capsys.readouterr().err
+    assert main([*command, "-1", "--precision", "int8"]) == 2
+    assert "a tolerance must be above 0, got -1" in capsys.readouterr().err
+    policy = ExportedPolicy(evaluation_policy(small_policy(), "ode"))
+    with pytest.raises(ValueError, match="decides NaN or infinity"):
+        difference(policy, lambda inputs: np.full((1, TA, DA), np.nan, np.float32), torch.zeros(3, DO),
+                   torch.Generator())
+
+
+def test_the_archive_needs_torch_alone(runs, base, tmp_path) -> None:
+    """Loaded in a fresh process without this project, it decides what the policy decides."""
+    policy = ExportedPolicy(evaluation_policy(base, "stochastic"))
+    generator = torch.Generator().manual_seed(0)
+    obs, noise = torch.randn(20, DO, generator=generator), policy.draw(20, generator)
+    torch.save([obs, *noise.values()], tmp_path / "inputs.pt")
+    code = """import sys
+for name in ("diffalign", "diffalign_robot", "onnx", "onnxruntime"):
+    sys.modules[name] = None  # importing it raises
+import torch
+policy = torch.export.load(sys.argv[1]).module()
+inputs = torch.load(sys.argv[2])
+torch.save(torch.cat([policy(*(values[i : i + 1] for values in inputs)) for i in range(20)]), sys.argv[3])
+"""
+    files = [str(runs[0] / "package/policy.pt2"), str(tmp_path / "inputs.pt"), str(tmp_path / "chunks.pt")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(files[2]), policy(obs, **noise), atol=1e-5, rtol=0)
+
+
+def test_a_controller_is_played_beside_its_run(runs, tmp_path, capsys, monkeypatch) -> None:
+    root, _, _ = runs
+    command = ["evaluate", str(root / "bc"), "--controller", str(root / "package"), "--episodes", "40", "--json"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["max_abs_difference"] <= 1e-4
+    assert result["same_outcome"] == result["episodes"] == 40
+    assert result["success_rate"] == result["torch"]["success_rate"]
+    assert result["interval"] == result["torch"]["interval"]
+    assert result["sampler"] == result["torch"]["sampler"] == "ddpm (4 steps, stochastic)"
+    assert 0.15 < result["success_rate"] < 0.95
+    assert main([*command, "--sampler", "ode"]) == 2
+    assert "the controller has sampler ddpm (4 steps, stochastic), the run ode" in capsys.readouterr().err
+    shutil.copytree(root / "bc", tmp_path / "bc")
+    (tmp_path / "bc/checkpoints/step_00000300").rename(tmp_path / "bc/checkpoints/step_00000301")
+    assert main(["evaluate", str(tmp_path / "bc"), *command[2:]]) == 2
+    assert "the controller has checkpoint step_00000300, the run step_00000301" in capsys.readouterr().err
+    (tmp_path / "image").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "configs/image/shapes_pretrain.yaml", tmp_path / "image/config.yaml")
+    for image in (["evaluate", str(tmp_path / "image"), *command[2:]],
+                  ["export", str(tmp_path / "image"), "--to", str(tmp_path / "x")]):
+        assert main(image) == 2
+        assert "image is no robot run; a controller is of a run with a robot policy" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "diffalign_controller.policy", None)
+    assert main(command) == 2
+    assert "pip install ./robot/controller" in capsys.readouterr().err
+
+
+def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path) -> None:
+    goal = Gymnasium(id="toy_env:ToyGoalPoint-v0", horizon=10, keys=("desired_goal", "achieved_goal"))
+    episodes = list(collect(goal, lambda: lambda obs: 0.1 * (1 - obs[3:]), seeds=[0, 1, 2], action_noise=0.3,
+                            noise_seed=0))
+    join(episodes).save(tmp_path / "demos", {})
+    job = RobotBC(base=str(tmp_path / "demos"), environment=goal, network=ChunkMLP(width=8, blocks=1), chunk=TA,
+                  denoising_steps=2, num_envs=2, workers=1, evaluation=replace(QUICK, episodes=2),
+                  pretraining=Pretraining(steps=5, batch_size=8))
+    job.train(open_run(tmp_path / "bc", job))
+    report = export.export_run(Run(tmp_path / "bc"), job, tmp_path / "package", Packing(samples=20, calls=2))
+    assert report["parity"]["recorded"]["observations"] == 20
+    manifest = json.loads((tmp_path / "package/manifest.json").read_text())
+    assert manifest["inputs"][0]["shape"] == [1, 5]
+    assert manifest["environment"]["keys"] == ["desired_goal", "achieved_goal"]
+    chunking = ["--real-time-chunking", "--sampler", "ode"]
+    assert main(["export", str(tmp_path / "bc"), "--to", str(tmp_path / "chunking"), *chunking]) == 0
+    inputs = json.loads((tmp_path / "chunking/manifest.json").read_text())["inputs"]
+    assert [entry["name"] for entry in inputs] == ["obs", "noise", "previous", "weight"]
+    assert "1 (will be executed) to 0 (free)" in inputs[-1]["meaning"]
+    played = rehearse(Run(tmp_path / "bc"), job, tmp_path / "package", seed=0, episodes=3, sampler=None)
+    assert played["same_outcome"] == 3
 
 
 def test_demonstrations_are_found_through_a_chain_of_runs(runs, tmp_path) -> None:

@@ -9,11 +9,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.cli import jobs, rendering
 from diffalign.cli.errors import USER_ERRORS
 from diffalign.cli.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from diffalign.train.run import Run
+    from diffalign_robot.export import ExportableJob
 
 
 def train(args: argparse.Namespace) -> int:
@@ -61,7 +65,13 @@ def evaluate(args: argparse.Namespace) -> int:
     """`diffalign evaluate RUN`: one JSON object, or the same as lines."""
     prepare(args.threads)
     run, job = jobs.open_run(Path(args.run))
-    result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
+    if args.controller is None:
+        result = job.evaluate(run, seed=args.seed, episodes=args.episodes, sampler=args.sampler)
+    else:
+        from diffalign_robot.rehearsal import rehearse
+
+        result = rehearse(run, _exportable(job, run), Path(args.controller), seed=args.seed, episodes=args.episodes,
+                          sampler=args.sampler)
     print(json.dumps(result) if args.json else readable(result))
     return 0
 
@@ -81,13 +91,22 @@ def export(args: argparse.Namespace) -> int:
     """`diffalign export RUN --to DIR`: a controller package with its parity and latency report."""
     prepare(args.threads)
     run, job = jobs.open_run(Path(args.run))
-    from diffalign_robot.export import ExportableJob, export_run
+    from diffalign_robot.export import Packing, export_run
+
+    packing = Packing(args.precision, args.archive, args.real_time_chunking, args.tolerance)
+    result = export_run(run, _exportable(job, run), Path(args.to), packing, sampler=args.sampler)
+    archive = {f"{name} (policy.pt2)": value for name, value in result.get("archive_parity", {}).items()}
+    shown = {"package": args.to, "precision": result["precision"], **result["parity"], **archive, **result["latency"]}
+    print(json.dumps(result) if args.json else readable(shown))
+    return 0
+
+
+def _exportable(job: jobs.PolicyJob, run: Run) -> ExportableJob:
+    from diffalign_robot.export import ExportableJob
 
     if not isinstance(job, ExportableJob):
-        raise ValueError(f"{args.run} is no robot run; a controller is exported from a run with a robot policy")
-    result = export_run(run, job, Path(args.to), sampler=args.sampler)
-    print(json.dumps(result) if args.json else readable({"package": args.to, **result["parity"], **result["latency"]}))
-    return 0
+        raise ValueError(f"{run.path} is no robot run; a controller is of a run with a robot policy")
+    return job
 
 
 def report(args: argparse.Namespace) -> int:

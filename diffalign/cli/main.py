@@ -98,6 +98,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--episodes", type=int, metavar="N", help="episodes, or prompts (default: the recipe's)")
     sampler = "how actions or images are drawn from the policy (default: the recipe's)"
     parser.add_argument("--sampler", choices=["stochastic", "zero_noise", "ode"], help=sampler)
+    controller = "play this package of `diffalign export` in the simulator, beside the run's policy on the same noise"
+    parser.add_argument("--controller", metavar="DIR", help=controller)
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DIR", required=True, help="folder of the package; must be empty or not exist")
     sampler = "how actions are drawn from the policy (default: as the recipe evaluates)"
     parser.add_argument("--sampler", choices=["stochastic", "zero_noise", "ode"], help=sampler)
+    precision = "of the networks' products and weights; fp16 and int8 report their difference (default: %(default)s)"
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help=precision)
+    tolerance = "largest difference of fp16 or int8 to the policy, in robot units (default: any; fp32: always 1e-4)"
+    parser.add_argument("--tolerance", type=float, metavar="X", help=tolerance)
+    archive = "also write policy.pt2, the same in float32 by torch.export"
+    parser.add_argument("--archive", action="store_true", help=archive)
+    chunking = "two more inputs, the previous chunk and its weights, towards which the chain is pulled (--sampler ode)"
+    parser.add_argument("--real-time-chunking", action="store_true", help=chunking)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Success rates with confidence intervals, and videos.
 
-Legend: B environments, N episodes.
+Legend: B environments, N episodes, Ta actions of a chunk, Da action features, Do observation features.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, FlowSDE, Kernel, NoisyODE
 from diffalign.policy.diffusion import DiffusionPolicy
@@ -61,16 +63,17 @@ def seeds_for(seed: int, episodes: int) -> list[int]:
     return [2**31 + 1_000_000 * seed + i for i in range(episodes)]
 
 
-def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, sampler: Sampler
-             ) -> dict[str, Any]:
-    """success_rate with its Wilson interval and the mean return with its t interval, over episodes by seed.
+class Played(NamedTuple):
+    """What N episodes came to: success and return of each, and the environment steps of all."""
 
-    Raises: ValueError for fewer than two episodes.
-    """
-    if episodes < 2:
-        raise ValueError(f"an interval needs at least two episodes, got {episodes}")
-    acting = evaluation_policy(policy, sampler)
-    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+    success: list[bool]
+    returns: list[float]
+    env_steps: int
+
+
+def play(act: Callable[[Float[Tensor, "B Do"], torch.Generator], Float[Tensor, "B Ta Da"]], env: VectorEnv, *,
+         seed: int, episodes: int) -> Played:
+    """Episodes by seed, in which `act` decides chunks in robot units with a generator of that seed."""
     generator = torch.Generator().manual_seed(seed)
     seeds, success, returns, executed = seeds_for(seed, episodes), [], [], 0
     for first in range(0, episodes, env.count):
@@ -81,8 +84,7 @@ def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, s
         alive = torch.ones(env.count, dtype=torch.bool)
         alive[len(wave) :] = False
         while bool(alive.any()):
-            decision = acting.act({"obs": torch.from_numpy(obs)}, generator=generator)
-            step = env.step(unnormalize(decision.action).numpy())
+            step = env.step(act(torch.from_numpy(obs), generator).numpy())
             obs = step.obs
             won |= torch.from_numpy(step.success)
             total += torch.from_numpy(step.reward)
@@ -90,10 +92,36 @@ def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, s
             alive &= ~torch.from_numpy(step.terminated | step.truncated)
         success += won[: len(wave)].tolist()
         returns += total[: len(wave)].tolist()
-    mean, low, high = mean_interval(returns)
-    return {"success_rate": sum(success) / episodes, "interval": list(wilson(sum(success), episodes)),
-            "episodes": episodes, "seed": seed, "sampler": describe(acting, sampler), "return_mean": mean,
-            "return_interval": [low, high], "env_steps": executed}
+    return Played(success, returns, executed)
+
+
+def summary(played: Played, *, seed: int, sampler: str) -> dict[str, Any]:
+    """success_rate with its Wilson interval and the mean return with its t interval."""
+    episodes, wins = len(played.success), sum(played.success)
+    mean, low, high = mean_interval(played.returns)
+    return {"success_rate": wins / episodes, "interval": list(wilson(wins, episodes)), "episodes": episodes,
+            "seed": seed, "sampler": sampler, "return_mean": mean, "return_interval": [low, high],
+            "env_steps": played.env_steps}
+
+
+def require_episodes(episodes: int) -> None:
+    """Raises: ValueError for fewer than two episodes."""
+    if episodes < 2:
+        raise ValueError(f"an interval needs at least two episodes, got {episodes}")
+
+
+def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, sampler: Sampler
+             ) -> dict[str, Any]:
+    """The summary of a policy's episodes by seed.
+
+    Raises: ValueError for fewer than two episodes.
+    """
+    require_episodes(episodes)
+    acting = evaluation_policy(policy, sampler)
+    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+    played = play(lambda obs, generator: unnormalize(acting.act({"obs": obs}, generator=generator).action), env,
+                  seed=seed, episodes=episodes)
+    return summary(played, seed=seed, sampler=describe(acting, sampler))
 
 
 def describe(policy: RobotPolicy, sampler: Sampler) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
+from diffalign.policy.inpainting import inpainted
 from diffalign.policy.operators import OnActions, OnNoise
 from diffalign.policy.protocols import Decision
 from diffalign_robot.evaluate import RobotPolicy
@@ -52,14 +53,20 @@ class GivenNoise:
 class ExportedPolicy:
     """What is exported, in torch: the policy between its normalizers, as a function of observation and noise.
 
-    policy: as it is evaluated (`evaluate.evaluation_policy`).
+    policy: as it is evaluated (`evaluate.evaluation_policy`). chunking: two more inputs for real-time chunking, the
+    rest of the previous chunk in robot units and how much each of its actions still holds, in [0, 1]
+    (`policy.inpainting`).
 
     Raises: ValueError naming the part that cannot be exported.
     """
 
     policy: RobotPolicy
+    chunking: bool = False
 
     def __post_init__(self) -> None:
+        if self.chunking and isinstance(self.policy, ImprovedPolicy):
+            raise ValueError("real-time chunking is of a chain alone: an improvement operator would change the actions "
+                             "that it keeps; export the base run")
         base = self.policy.base if isinstance(self.policy, ImprovedPolicy) else self.policy
         if not isinstance(base, DiffusionPolicy):
             raise ValueError(f"a policy on a {type(base).__name__} cannot be exported: it corrects single actions of a "
@@ -72,6 +79,8 @@ class ExportedPolicy:
             if self.policy.mode != "exploit":
                 raise ValueError(f"only mode exploit is a function of its inputs, got {self.policy.mode}; use "
                                  "evaluation_policy")
+        if self.chunking:
+            inpainted(base, torch.zeros(1, *base.event), torch.zeros(1, *base.event))  # what it refuses is refused now
 
     @property
     def chain(self) -> DiffusionPolicy:
@@ -88,7 +97,7 @@ class ExportedPolicy:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The inputs of one decision by name, in order: obs, then the standard normal draws that are used."""
+        """The inputs of one decision by name, in order: obs, the standard normal draws that are used, the old chunk."""
         chain = self.chain
         shapes: dict[str, tuple[int, ...]] = {"obs": (1, len(chunk_denoiser(self.policy).observation_normalizer.shift))}
         if isinstance(self.policy, ImprovedPolicy) and isinstance(self.policy.operator, OnNoise):
@@ -97,21 +106,32 @@ class ExportedPolicy:
             shapes["noise"] = (self.chains, *chain.event)
         if chain.kernel.stochastic:
             shapes["step_noise"] = (self.chains, chain.schedule.steps, *chain.event)
+        if self.chunking:
+            shapes |= {"previous": (1, *chain.event), "weight": (1, chain.event[0])}
         return shapes
 
     def __call__(self, obs: Float[Tensor, "N Do"], noise: Float[Tensor, "R Ta Da"] | None = None,
-                 step_noise: Float[Tensor, "R K Ta Da"] | None = None) -> Float[Tensor, "N Ta Da"]:
+                 step_noise: Float[Tensor, "R K Ta Da"] | None = None, previous: Float[Tensor, "N Ta Da"] | None = None,
+                 weight: Float[Tensor, "N Ta"] | None = None) -> Float[Tensor, "N Ta Da"]:
         """The chunk in robot units; rows of noise are a row's n chains, then the next row's."""
         policy, unused = self.policy, torch.Generator()
+        actions = chunk_denoiser(policy).action_normalizer
         if isinstance(policy, ImprovedPolicy):
             steered = isinstance(policy.operator, OnNoise)
             acting = policy if steered else replace(policy, base=GivenNoise(self.chain, noise, step_noise))
             decision = acting.act({"obs": obs}, generator=unused)
         else:
-            decision = GivenNoise(self.chain, noise, step_noise).act({"obs": obs}, generator=unused)
-        return chunk_denoiser(self.policy).action_normalizer.unnormalize(decision.action)
+            chain = self.chain
+            if previous is not None and weight is not None:
+                chain = inpainted(chain, actions.normalize(previous), weight[..., None].expand_as(previous))
+            decision = GivenNoise(chain, noise, step_noise).act({"obs": obs}, generator=unused)
+        return actions.unnormalize(decision.action)
 
     def draw(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The noise inputs of `rows` decisions."""
-        return {name: torch.randn(rows * shape[0], *shape[1:], generator=generator)
-                for name, shape in self.shapes.items() if name != "obs"}
+        """The inputs of `rows` decisions beside the observation: noise, and for chunking any chunk and weights."""
+        drawn = {name: torch.randn(rows * shape[0], *shape[1:], generator=generator)
+                 for name, shape in self.shapes.items() if name != "obs"}
+        if self.chunking:
+            drawn["previous"] = chunk_denoiser(self.policy).action_normalizer.unnormalize(drawn["previous"].tanh())
+            drawn["weight"] = drawn["weight"].sigmoid()
+        return drawn

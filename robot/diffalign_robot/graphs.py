@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -79,11 +80,13 @@ def _item(values: Any, number: int) -> Any:
 def record(function: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> fx.GraphModule:
     """`function(**inputs)` as a module with the same inputs by position, for the shapes of these examples.
 
+    Attention enters as products and a softmax: torch's fused kernels are no operations of ONNX, and may draw dropout.
+
     Raises: ValueError if the function draws random numbers, changes an input in place, or branches on a value that
     depends on an input.
     """
     recorder = _Recorder(inputs)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder:
         out = function(**inputs)
     recorder.graph.output(recorder.node(out))
     recorder.graph.eliminate_dead_code()

@@ -1,4 +1,4 @@
-"""How far an ONNX graph is from the torch policy that it was made of, and how fast both are.
+"""How far an exported file is from the torch policy that it was made of, and how fast both are.
 
 Legend: N observations, Do observation features.
 """
@@ -17,16 +17,8 @@ from torch import Tensor
 
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.exported import ExportedPolicy
+from diffalign_robot.formats import Decide
 from diffalign_robot.source import chunk_denoiser
-
-
-def open_session(file: Path) -> Any:
-    """An onnxruntime session on one CPU thread. Raises: ModuleNotFoundError without the export extra."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def random_observations(policy: ExportedPolicy, count: int, generator: torch.Generator) -> Float[Tensor, "N Do"]:
@@ -41,27 +33,39 @@ def real_observations(folder: Path, count: int, generator: torch.Generator) -> F
     return obs[torch.randperm(len(obs), generator=generator)[:count]]
 
 
-def difference(policy: ExportedPolicy, session: Any, obs: Float[Tensor, "N Do"], generator: torch.Generator) -> float:
-    """The largest |torch - onnxruntime| over the chunks of all observations, in robot units, on the same noise."""
+def difference(policy: ExportedPolicy, decide: Decide, obs: Float[Tensor, "N Do"], generator: torch.Generator
+               ) -> dict[str, float]:
+    """max_abs_difference and mean_abs_difference of the chunks of all observations, in robot units, on the same noise.
+
+    Raises: ValueError if the file's chunks are not finite.
+    """
     noise = policy.draw(len(obs), generator)
     wanted = policy(obs, **noise).numpy()
-    each = {"obs": obs.numpy(), **{name: values.numpy() for name, values in noise.items()}}
+    found = chunks_of(policy, decide, obs, noise)
+    if not np.isfinite(found).all():
+        raise ValueError("the exported file decides NaN or infinity where the torch policy does not; nothing was "
+                         "written. With --precision fp16 a number may be too large for it; use fp32")
+    apart = np.abs(found - wanted)
+    return {"max_abs_difference": float(apart.max()), "mean_abs_difference": float(apart.mean())}
+
+
+def chunks_of(policy: ExportedPolicy, decide: Decide, obs: Float[Tensor, "N Do"], noise: Mapping[str, Tensor]
+              ) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The chunks [N, Ta, Da] that an exported file decides, one observation at a time."""
+    each = {name: values.numpy() for name, values in {"obs": obs, **noise}.items()}
     rows = {name: shape[0] for name, shape in policy.shapes.items()}
-    found = []
-    for i in range(len(obs)):
-        inputs = {name: values[i * rows[name] : (i + 1) * rows[name]] for name, values in each.items()}
-        found.append(session.run(None, inputs)[0])
-    return float(np.abs(np.concatenate(found) - wanted).max())
+    return np.concatenate([decide({name: values[i * rows[name] : (i + 1) * rows[name]]
+                                   for name, values in each.items()}) for i in range(len(obs))])
 
 
-def latency(policy: ExportedPolicy, session: Any, *, calls: int, generator: torch.Generator) -> dict[str, Any]:
+def latency(policy: ExportedPolicy, decide: Decide, *, calls: int, generator: torch.Generator) -> dict[str, Any]:
     """Milliseconds of one decision, p50 and p99, by onnxruntime and by eager torch on one thread, in turns."""
     inputs = {"obs": random_observations(policy, 1, generator), **policy.draw(1, generator)}
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = _in_turns({"onnxruntime": lambda: session.run(None, arrays), "torch": lambda: policy(**inputs)}, calls)
+        times = _in_turns({"onnxruntime": lambda: decide(arrays), "torch": lambda: policy(**inputs)}, calls)
     finally:
         torch.set_num_threads(threads)
     measured = {name: {f"p{p}_ms": float(np.percentile(spent, p)) for p in (50, 99)} for name, spent in times.items()}
