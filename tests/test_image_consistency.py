@@ -37,7 +37,8 @@ def pipeline(name: str, *, embeds_guidance: bool, **scheduler: object):
     """A tiny pipeline with an LCMScheduler and, if asked, a UNet that takes the guidance scale as an input."""
     pipe = build(name)
     if embeds_guidance:
-        pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 8})
+        settings = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+        pipe.unet = UNet2DConditionModel(**{**settings, "time_cond_proj_dim": 8})
     pipe.scheduler = LCMScheduler(**{**BETAS, "clip_sample": False, "steps_offset": 1, **scheduler})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -89,7 +90,7 @@ def test_the_consistency_function_is_the_identity_on_clean_data() -> None:
         def forward(self, x, t, cond):
             return torch.ones_like(x)
 
-    function = Consistency(Ones(), VPPath(**{"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}), 10.0)
+    function = Consistency(Ones(), VPPath(betas="scaled_linear", beta_start=0.00085, beta_end=0.012), 10.0)
     x = torch.full((3, 2), 5.0)
     found = function(x, torch.tensor([0.001, 0.002, 1.0]), {})
     assert found[0].tolist() == [5, 5]

@@ -38,10 +38,10 @@ class Model:
     """A diffusers pipeline and what of it is trained.
 
     path: folder or hub id. family: null reads it off model_index.json. size: (height, width) in pixels, of clips
-    (frames, height, width), null for the model's own. lora: null trains all weights of the UNet or transformer, in float32. guidance: null is none.
-    distilled_guidance: the scale that guidance-distilled models (FLUX, LCM) take as an input. batch_rows: most images in one
-    call of the network (twice as many rows with guidance); it bounds the memory of sampling and scoring, gradients are
-    bounded by optimization.microbatch_rows.
+    (frames, height, width), null for the model's own. lora: null trains all weights of the UNet or transformer, in
+    float32. guidance: null is none. distilled_guidance: the scale that guidance-distilled models (FLUX, LCM) take as an
+    input. batch_rows: most images in one call of the network (twice as many rows with guidance); it bounds the memory
+    of sampling and scoring, gradients are bounded by optimization.microbatch_rows.
     """
 
     path: str

@@ -151,4 +151,5 @@ def refuse_distilled(family: str, distilled_guidance: float | None) -> None:
     """Raises: ValueError if a guidance embedding is asked of a model without one."""
     if distilled_guidance is not None:
         raise ValueError("model.distilled_guidance is an input of guidance-distilled FLUX and LCM models; this "
-                         f"{family} has none, got {distilled_guidance}. Use model.guidance for classifier-free guidance")
+                         f"{family} has none, got {distilled_guidance}. Use model.guidance for classifier-free "
+                         "guidance")

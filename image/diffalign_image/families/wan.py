@@ -45,8 +45,8 @@ class Wan:
         """The family around a loaded pipeline. Raises: ValueError for a guidance embedding or a second transformer."""
         refuse_distilled("wan", distilled_guidance)
         if pipe.transformer_2 is not None:
-            raise ValueError("model_index.json has a transformer_2 (Wan 2.2 A14B, two experts by noise level), of which "
-                             "only one would be trained; use Wan 2.1 or Wan 2.2 TI2V-5B")
+            raise ValueError("model_index.json has a transformer_2 (Wan 2.2 A14B, two experts by noise level), of "
+                             "which only one would be trained; use Wan 2.1 or Wan 2.2 TI2V-5B")
         return cls(pipe, ClipTransformer(pipe.transformer, tokenwise=bool(pipe.config.expand_timesteps)), size)
 
     @property
