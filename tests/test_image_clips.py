@@ -115,7 +115,8 @@ def test_seppo_prefers_given_latents_to_its_own_samples(folder: Path, name: str)
 
 
 def test_a_clip_job_scores_clips_and_frames_and_draws_contact_sheets(folder: Path, tmp_path: Path) -> None:
-    reward = WeightedSum(terms=(Term(1.0, python(folder, "still")), Term(0.1, Frames(reward=Jpeg(), take=(0, -1)))))
+    frames = Frames(reward=Jpeg(), take=(0, -1))
+    reward = WeightedSum(terms=(Term(weight=1.0, reward=python(folder, "still")), Term(weight=0.1, reward=frames)))
     job = ImageFinetune(
         model=model_of(folder, "wan"), prompts=str(folder / "prompts.txt"), reward=reward,
         algorithm=ALGORITHMS["flow_grpo"], kernel=FlowSDE(noise_level=0.7), schedule=Schedule(steps=2),
@@ -125,8 +126,8 @@ def test_a_clip_job_scores_clips_and_frames_and_draws_contact_sheets(folder: Pat
     job.train(run)
     assert (run.path / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert json.loads((run.path / "evaluations/after.json").read_text())["kl_nats"] > 0
-    sheet = Image.open(run.path / "samples" / "after.png")
-    assert sheet.size == (3 * (96 + 4), 4 * (96 + 44))  # 3 frames of 8 pixels, enlarged, of 4 clips
+    with Image.open(run.path / "samples" / "after.png") as sheet:
+        assert sheet.size == (3 * (96 + 4), 4 * (96 + 44))  # 3 frames of 8 pixels, enlarged, of 4 clips
 
 
 def test_rows_do_not_depend_on_the_lengths_of_others(folder: Path) -> None:
@@ -141,14 +142,14 @@ def test_rows_do_not_depend_on_the_lengths_of_others(folder: Path) -> None:
 
 
 def clips() -> torch.Tensor:
-    """Two clips of three frames [2, 3, 3, 4, 4]; frame f of clip n is -1 + (3 n + f) / 5 everywhere."""
-    return (-1 + torch.arange(6.0) / 5).reshape(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
+    """Two clips of three frames [2, 3, 3, 4, 4]; frame f of clip n is -1 + 0.31 (3 n + f) everywhere."""
+    return (-1 + 0.31 * torch.arange(6.0)).reshape(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
 
 
 def test_frames_average_an_image_reward(folder: Path, tmp_path: Path) -> None:
     inner = python(folder, "brightness")
-    assert Frames(reward=inner)(clips(), ["a", "b"]).tolist() == pytest.approx([-0.8, -0.2])
-    assert Frames(reward=inner, take=(-1,))(clips(), ["a", "b"]).tolist() == pytest.approx([-0.6, 0.0])
+    assert Frames(reward=inner)(clips(), ["a", "b"]).tolist() == pytest.approx([-0.69, 0.24])
+    assert Frames(reward=inner, take=(-1,))(clips(), ["a", "b"]).tolist() == pytest.approx([-0.38, 0.55])
     (tmp_path / "named.py").write_text(
         "def named(images, prompts, metadata):\n"
         "    assert prompts == ['a', 'a', 'b', 'b'] and [m['n'] for m in metadata] == [0, 0, 1, 1]\n"
@@ -156,21 +157,21 @@ def test_frames_average_an_image_reward(folder: Path, tmp_path: Path) -> None:
         "    return images[:, 0, 0, 0]\n")
     named = PythonFunction(function=f"{tmp_path / 'named.py'}:named")
     found = Frames(reward=named, take=(0, 1))(clips(), ["a", "b"], [{"n": 0}, {"n": 1}])
-    assert found.tolist() == pytest.approx([13.0, 89.5])  # bytes of -1, -0.8 and of -0.4, -0.2: 0, 26 and 76, 102
+    assert found.tolist() == [20.0, 138.5]  # bytes of -1, -0.69 and of -0.07, 0.24: 0, 40 and 119, 158
 
 
 def test_a_clip_reward_gets_whole_clips(tmp_path: Path) -> None:
     (tmp_path / "last.py").write_text("def last(clips, prompts, metadata):\n    return clips[:, -1, 2, 1, 3].float()\n")
     found = PythonFunction(function=f"{tmp_path / 'last.py'}:last")(clips(), ["a", "b"])
-    assert found.tolist() == [51, 128]  # -0.6 and 0
+    assert found.tolist() == [79, 198]  # -0.38 and 0.55
 
 
 def test_a_contact_sheet_is_a_row_a_clip(tmp_path: Path) -> None:
     sheet = contact_sheet(Drawn(clips(), ["one", "two"]), 2)
     assert sheet.captions == ["one", "frame 2", "two", "frame 2"]
-    assert sheet.images[:, 0, 0, 0].tolist() == pytest.approx([-1, -0.6, -0.4, 0])
-    image = Image.open(save_grid(Drawn(clips(), ["one", "two"]), tmp_path / "sheet.png"))
-    assert image.size == (3 * 100, 2 * 140)
+    assert sheet.images[:, 0, 0, 0].tolist() == pytest.approx([-1, -0.38, -0.07, 0.55])
+    with Image.open(save_grid(Drawn(clips(), ["one", "two"]), tmp_path / "sheet.png")) as image:
+        assert image.size == (3 * 100, 2 * 140)
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [

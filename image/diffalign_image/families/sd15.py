@@ -74,6 +74,8 @@ class SD15:
 class UNet(nn.Module):
     """cond = {"text": [N, L, C]}; guidance: the scale's embedding for a guidance-distilled model."""
 
+    guidance: Tensor | None
+
     def __init__(self, unet: nn.Module, prediction: Prediction, guidance: Float[Tensor, "1 W"] | None) -> None:
         super().__init__()
         self.unet = unet

@@ -95,6 +95,8 @@ class SDXL:
 class SizedUNet(nn.Module):
     """cond = {"text": [N, L, C], "pooled": [N, C2], "size": [N, 6]}; guidance as in `UNet`."""
 
+    guidance: Tensor | None
+
     def __init__(self, unet: nn.Module, prediction: Prediction, guidance: Float[Tensor, "1 W"] | None) -> None:
         super().__init__()
         self.unet = unet
