@@ -69,7 +69,7 @@ def test_ddpo_makes_images_brighter_once_the_unet_predicts_noise(tmp_path: Path,
     reward = PythonFunction(function=f"{tmp_path / 'mine.py'}:brightness", images="float")
     plan = Model(path=str(tmp_path / name), size=(8, 8), device="cpu", lora=Lora(rank=4, alpha=8.0), batch_rows=64)
     model = Pretrained.load(plan, SCHEDULE, DDIM(eta=1.0), TrainedSteps(), seed=0, keep_reference=False)
-    state = TrainState.create({"policy": model.trained}, {"policy": 0.05}, seed=0)
+    state = TrainState.create({"policy": model.trained}, {"policy": 0.03}, seed=0)
     source = PipelineSource(model, [Prompt(text) for text in PROMPTS], reward, 4, 16, state, 0)
     captions = PROMPTS * 16
 
@@ -80,10 +80,9 @@ def test_ddpo_makes_images_brighter_once_the_unet_predicts_noise(tmp_path: Path,
 
     before = brightness()
     algorithm = DDPO(advantage=GroupNormalized(scale="batch"), surrogate=PPOClip(low=10.0, high=10.0),
-                     optimization=Optimization(learning_rate=0.05, microbatch_rows=64))
-    for _ in islice(optimize(algorithm.compose(), model.policy, source, state), 6):
+                     optimization=Optimization(learning_rate=0.03, microbatch_rows=192))
+    for _ in islice(optimize(algorithm.compose(), model.policy, source, state), 10):
         pass
     gain = brightness() - before
-    print("KEY", name, losses[0], losses[-5:], before.mean(), before.std(), gain.mean(), gain.std(), (gain > 0).float().mean())
     assert gain.mean() > 0.01
     assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5
