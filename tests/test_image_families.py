@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,20 @@ from diffalign_image.guidance import Guidance, GuidedDenoiser
 
 PROMPTS = ["a red cat", "dark blue sky"]
 CPU = torch.device("cpu")
-SHIFT = {"sd15": 1.0, "sdxl": 1.0, "sd3": 3.0, "flux": 1.0}
 STEPS = 4
+CLIPS = ("wan", "ltx")
+PACKED = ("flux", "qwen_image")
+
+
+def schedule_of(family: Family) -> Schedule:
+    """The pipeline's own grid for its latents, as the core's schedule."""
+    config = family.pipe.scheduler.config
+    if config.get("use_dynamic_shifting"):
+        positions = math.prod(family.event[1:]) // (4 if len(family.event) == 3 else 1)
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        mu = config.base_shift + slope * (positions - config.base_image_seq_len)
+        return Schedule(steps=STEPS, shift=math.exp(mu), terminal=config.shift_terminal)
+    return Schedule(steps=STEPS, shift=config.get("shift", 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loaded(folders: dict[str, Path], name: str, **options) -> Family:
-    if name == "flux":
-        options = {"size": (16, 16), **options}
-    return load(str(folders[name]), None, torch.float32, CPU, **options)
+    size = {"flux": (16, 16), "qwen_image": (16, 16), "wan": (5, 16, 16), "ltx": (5, 32, 32)}
+    return load(str(folders[name]), None, torch.float32, CPU, **{"size": size.get(name), **options})
 
 
 def cond_of(family: Family) -> dict[str, torch.Tensor]:
@@ -40,25 +53,36 @@ def cond_of(family: Family) -> dict[str, torch.Tensor]:
 
 def drawn_by_pipeline(name: str, family: Family, noise: torch.Tensor, scale: float) -> torch.Tensor:
     """What the pipeline's own __call__ makes of the noise, in [-1, 1]."""
-    height, width = (side * family.pipe.vae_scale_factor for side in family.event[1:])
-    options = {"prompt": PROMPTS, "latents": pack(noise) if name == "flux" else noise, "output_type": "pt",
-               "num_inference_steps": STEPS, "height": height, "width": width}
-    if name == "flux":
-        options["guidance_scale"] = 3.5  # of the distilled model
+    grid = np.linspace(1, 1 / STEPS, STEPS)
+    options = {"prompt": PROMPTS, "latents": noise, "output_type": "pt", "num_inference_steps": STEPS}
+    options["guidance_scale"] = 3.5 if name == "flux" else scale  # FLUX: of the distilled model
+    if name in CLIPS:
+        options |= dict(zip(("num_frames", "height", "width"), family.size))
     else:
-        options["guidance_scale"] = scale
-    if name in ("sd3", "flux"):
-        options["sigmas"] = np.linspace(1, 1 / STEPS, STEPS)
+        options |= dict(zip(("height", "width"), (side * family.pipe.vae_scale_factor for side in family.event[1:])))
+    if name in PACKED:
+        options["latents"] = pack(noise)
+    if name == "ltx":
+        options["latents"] = noise.flatten(2).transpose(1, 2)
+    if name == "qwen_image":
+        options |= {"true_cfg_scale": scale, "negative_prompt": [" "] * len(PROMPTS), "guidance_scale": 1.0}
+    if name in ("sd3", *PACKED):
+        options["sigmas"] = grid
+    if name == "wan":  # its call takes no grid
+        family.pipe.scheduler.set_timesteps = partial(type(family.pipe.scheduler).set_timesteps, family.pipe.scheduler,
+                                                      sigmas=grid)
     family.pipe.set_progress_bar_config(disable=True)
-    return family.pipe(**options).images * 2 - 1
+    drawn = family.pipe(**options)
+    return (drawn.frames if name in CLIPS else drawn.images) * 2 - 1
 
 
 @pytest.mark.parametrize(("name", "scale"), [("sd15", 1.0), ("sd15", 5.0), ("sdxl", 5.0), ("sd3", 1.0), ("sd3", 4.5),
-                                             ("flux", 1.0)])
+                                             ("flux", 1.0), ("qwen_image", 1.0), ("qwen_image", 4.0), ("wan", 1.0),
+                                             ("wan", 5.0), ("ltx", 1.0), ("ltx", 3.0)])
 def test_the_core_draws_what_the_pipeline_draws(folders: dict[str, Path], name: str, scale: float) -> None:
     family = loaded(folders, name)
     denoiser = GuidedDenoiser(family.network, family.network.prediction, family.encode_empty(), scale, rows=3)
-    policy = DiffusionPolicy(denoiser, family.path, ODE(), Schedule(steps=STEPS, shift=SHIFT[name]), family.event)
+    policy = DiffusionPolicy(denoiser, family.path, ODE(), schedule_of(family), family.event)
     noise = torch.randn(2, *family.event)
     latents = policy.act(cond_of(family), generator=torch.Generator(), noise=noise).action
     images, expected = decode(family, latents), drawn_by_pipeline(name, family, noise, scale)
@@ -86,9 +110,11 @@ def test_prediction_is_the_pipelines_own_denoiser_call(folders: dict[str, Path],
         if name in ("sd15", "sdxl"):
             t = (time.double() + 1) / 1000
         else:
-            t = time.double() / (1000 if name == "sd3" else 1)
-        if name == "flux":
+            t = time.double() / (1 if name in PACKED else 1000)
+        if name in PACKED:
             sample, output = unpack(sample, *family.event[1:]), unpack(output, *family.event[1:])
+        if name == "ltx":
+            sample, output = (one.transpose(1, 2).reshape(2, *family.event) for one in (sample, output))
         with torch.no_grad():
             own = family.network(sample, t.float().expand(2).reshape(2), cond_of(family))
         torch.testing.assert_close(own, output, atol=1e-5, rtol=0)
@@ -122,11 +148,12 @@ def test_packing_goes_back_and_keeps_rows_apart() -> None:
 def test_families_are_read_off_the_folder_with_their_paths_and_sizes(folders: dict[str, Path]) -> None:
     for name in FAMILIES:
         assert family_of(str(folders[name])) == name
-        family = loaded(folders, name, size=(16, 32))
-        assert family.event == (4, 8, 16)
+        frames = (5,) if name in CLIPS else ()
+        family = loaded(folders, name, size=(*frames, 16, 32))
+        assert family.event == {"wan": (4, 3, 8, 16), "ltx": (8, 3, 4, 8)}.get(name, (4, 8, 16))
         assert not any(p.requires_grad for p in trunk(family).parameters())
         images = decode(family, torch.randn(1, *family.event))
-        assert images.shape == (1, 3, 16, 32)
+        assert images.shape == (1, *frames, 3, 16, 32)
     assert loaded(folders, "sd15").event == (4, 8, 8)
     assert loaded(folders, "sd3").path == FlowPath()
     assert loaded(folders, "sdxl").path == VPPath(betas="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -134,9 +161,8 @@ def test_families_are_read_off_the_folder_with_their_paths_and_sizes(folders: di
 
 def test_half_precision_weights_give_float32_predictions(folders: dict[str, Path]) -> None:
     for name in FAMILIES:
-        size = (16, 16)
-        family = load(str(folders[name]), name, torch.bfloat16, CPU, size=size)
-        full = loaded(folders, name, size=size)
+        full = loaded(folders, name)
+        family = load(str(folders[name]), name, torch.bfloat16, CPU, size=full.size)
         x, t = torch.randn(2, *family.event), torch.tensor([0.4, 0.8])
         with torch.no_grad():
             half, whole = family.network(x, t, cond_of(family)), full.network(x, t, cond_of(full))
@@ -165,12 +191,16 @@ def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(ValueError, match="is a KandinskyPipeline; known are StableDiffusionPipeline"):
         family_of(str(tmp_path))
-    for name in ("sd15", "sdxl", "sd3"):
+    for name in ("sd15", "sdxl", "sd3", "qwen_image", "wan", "ltx"):
         with pytest.raises(ValueError, match="guidance-distilled FLUX"):
             loaded(folders, name, distilled_guidance=3.5)
-    for name, size in (("sd15", (18, 16)), ("sd3", (16, 18)), ("flux", (2, 16))):
+    for name, size in (("sd15", (18, 16)), ("sd3", (16, 18)), ("flux", (2, 16)),
+                       ("qwen_image", (16, 18)), ("sd15", (5, 16, 16)), ("wan", (5, 16, 18)), ("ltx", (5, 16, 18))):
         with pytest.raises(ValueError, match=r"model\.size must be two multiples of 4 pixels"):
             _ = loaded(folders, name, size=size).event
+    for size in ((16, 16), (4, 16, 16), (0, 16, 16)):
+        with pytest.raises(ValueError, match="frames one more than a multiple of 2"):
+            _ = loaded(folders, "wan", size=size).event
     family = loaded(folders, "sd15")
     with pytest.raises(ValueError, match="is derived for the flow path"):
         DiffusionPolicy(family.network, family.path, FlowSDE(), Schedule(steps=2), family.event)

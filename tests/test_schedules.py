@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from toys import MLPDenoiser, toy_policy
 
 from diffalign.diffusion import FlowSDE, Schedule, TrainedSteps
@@ -80,3 +82,31 @@ def test_concatenate_keeps_rows_in_order_and_refuses_mixed_windows(generator):
         concatenate([parts[0], other])
     with pytest.raises(ValueError, match="must share their time grid"):
         concatenate([parts[0], replace(parts[1], times=parts[1].times * 0.9)])
+
+
+def test_a_grid_rounds_towards_noise_as_the_lcm_scheduler():
+    """K = 4 of 50: 0, 12, 25, 37 of them are skipped; diffusers' timesteps 999, 759, 499, 259."""
+    assert Schedule(steps=4, grid=50).times().tolist() == pytest.approx([1.0, 0.76, 0.5, 0.26, 0.0])
+    for steps in (1, 2, 3, 5, 7, 8, 50):
+        scheduler = LCMScheduler(original_inference_steps=50)
+        scheduler.set_timesteps(steps)
+        ours = (Schedule(steps=steps, grid=50).times()[:-1] * 1000).round() - 1
+        assert ours.tolist() == scheduler.timesteps.tolist()
+
+
+def test_a_terminal_stretches_as_diffusers_does():
+    """K = 4, terminal 0.1: 1 - t = 0, 0.25, 0.5, 0.75 is multiplied by 0.9 / 0.75 = 1.2."""
+    assert Schedule(steps=4, terminal=0.1).times().tolist() == pytest.approx([1.0, 0.7, 0.4, 0.1, 0.0])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.02)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6))
+    torch.testing.assert_close(Schedule(steps=6, shift=3.0, terminal=0.02).times(), scheduler.sigmas)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"steps": 8, "grid": 7}, "grid must be at least the 8 steps, got 7"),
+    ({"steps": 4, "terminal": 0.0}, "terminal must lie between 0 and 1"),
+    ({"steps": 4, "terminal": 1.0}, "terminal must lie between 0 and 1"),
+    ({"steps": 1, "terminal": 0.1}, "needs 2 steps or more")])
+def test_grid_and_terminal_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**options)

@@ -9,16 +9,25 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,13 +38,19 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 TOKENS = 12
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "bright", "dark", "sky"]
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -48,10 +63,14 @@ def clip_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=TOKENS)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "bright", "dark", "sky"]
-    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+def words_tokenizer() -> Tokenizer:
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = Whitespace()
+    return core
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    core = words_tokenizer()
     core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return T5TokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
                            extra_ids=0, model_max_length=TOKENS)
@@ -88,7 +107,8 @@ def ddim(**options: object) -> DDIMScheduler:
 def build(family: str, **scheduler: object) -> DiffusionPipeline:
     """A tiny pipeline with weights from seed 0."""
     torch.manual_seed(0)
-    return {"sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family](**scheduler)
+    return {"sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "qwen_image": _qwen_image,
+            "wan": _wan, "ltx": _ltx}[family](**scheduler)
 
 
 def save(family: str, folder: Path, **scheduler: object) -> Path:
@@ -137,3 +157,54 @@ def _flux(**scheduler: object) -> FluxPipeline:
 
 def _t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=11, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def _qwen_image(**scheduler: object) -> QwenImagePipeline:
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": len(WORDS), "max_position_embeddings": 256,
+            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4))
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+                                 latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[2.0, 2.5, 3.0, 3.5])
+    settings = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192,
+                "shift_terminal": 0.02, **scheduler}
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**settings), vae=vae, transformer=transformer,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=Qwen2TokenizerFast(tokenizer_object=words_tokenizer(), unk_token="<unk>", eos_token="</s>",
+                                     pad_token="<pad>"))
+
+
+def _wan(**scheduler: object) -> WanPipeline:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
+        freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+                           scale_factor_spatial=2, scale_factor_temporal=2, latents_mean=[0.1, 0.0, -0.1, 0.2],
+                           latents_std=[2.0, 2.5, 3.0, 3.5])
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=1,
+                                          num_heads=2))
+    return WanPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=encoder, vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}))
+
+
+def _ltx(**scheduler: object) -> LTXPipeline:
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=1, caption_channels=32)
+    scaled = (True, False, False, False)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=scaled, decoder_spatio_temporal_scaling=scaled,
+        upsample_factor=(1,) * 4, patch_size=2, patch_size_t=1, scaling_factor=0.5)
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 1.5, 8))
+    settings = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024,
+                "shift_terminal": 0.1, **scheduler}
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**settings), vae=vae, text_encoder=_t5(), tokenizer=t5_tokenizer(),
+        transformer=transformer)

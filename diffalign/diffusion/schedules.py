@@ -48,18 +48,33 @@ class TrainedSteps:
 class Schedule:
     """K denoising steps on path time 1 -> 0. `shift` s maps t to s t / (1 + (s - 1) t) (SD3, eq. 23).
 
+    grid: times lie on i / grid, rounded towards noise, as a model distilled at these times alone wants (LCM: 50).
+    terminal: the last time before 0; the times of the shifted grid are stretched linearly to it (diffusers'
+    `shift_terminal`; Qwen-Image 0.02, LTX-Video 0.1).
     """
 
     steps: int
     shift: float = 1.0
+    grid: int | None = None
+    terminal: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.shift > 0:
             raise ValueError(f"shift must be positive, got {self.shift}")
+        if self.grid is not None and self.grid < self.steps:
+            raise ValueError(f"grid must be at least the {self.steps} steps, got {self.grid}")
+        if self.terminal is not None and not (0 < self.terminal < 1 and self.steps > 1):
+            raise ValueError(f"terminal must lie between 0 and 1 and needs 2 steps or more, got {self.terminal} and "
+                             f"{self.steps} steps")
 
     def times(self) -> Tensor:
         """Grid [K+1] from 1 to 0, float32; on a VP path this is diffusers' `trailing` spacing."""
         t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
-        return shifted(t, self.shift).float()
+        if self.grid is not None:
+            t = 1 - torch.arange(self.steps + 1) * self.grid // self.steps / self.grid
+        t = shifted(t.double(), self.shift)
+        if self.terminal is not None:
+            t[:-1] = 1 - (1 - t[:-1]) * (1 - self.terminal) / (1 - t[-2])
+        return t.float()

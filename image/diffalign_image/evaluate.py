@@ -59,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images [N, 3, 32, 32] in [-1, 1] with their captions."""
+    """Images [N, 3, H, W] or clips [N, F, 3, H, W] in [-1, 1] with their captions."""
 
     images: Tensor
     captions: list[str]
@@ -146,7 +146,13 @@ def path_kl(policy: DiffusionPolicy, reference: Denoiser, cond: Cond, *, seed: i
 
 
 def save_grid(drawn: Drawn, target: Path, *, columns: int = 8) -> Path:
-    """Write the images as a PNG with captions below; small ones are enlarged, large ones reduced to 192 pixels."""
+    """Write the images as a PNG with captions below; small ones are enlarged, large ones reduced to 192 pixels.
+
+    A clip becomes a row of at most `columns` frames.
+    """
+    if drawn.images.ndim == 5:
+        columns = min(columns, drawn.images.shape[1])
+        drawn = contact_sheet(drawn, columns)
     pictures = [_thumbnail(Image.fromarray(pixels)) for pixels in to_bytes(drawn.images)]
     width, height = pictures[0].size
     rows, text = -(-len(pictures) // columns), 44
@@ -159,6 +165,13 @@ def save_grid(drawn: Drawn, target: Path, *, columns: int = 8) -> Path:
         pen.multiline_text(below, _wrapped(caption, width), fill="black", font_size=10, spacing=1)
     sheet.save(target)
     return target
+
+
+def contact_sheet(drawn: Drawn, frames: int) -> Drawn:
+    """Evenly spaced frames, the first and the last among them, of one clip after another; numbered after the first."""
+    picked = torch.linspace(0, drawn.images.shape[1] - 1, frames).round().long().tolist()
+    captions = [caption if i == 0 else f"frame {i}" for caption in drawn.captions for i in picked]
+    return Drawn(drawn.images[:, picked].flatten(0, 1), captions)
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:

@@ -5,6 +5,8 @@ Legend: N rows, *E event axes.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,6 +35,14 @@ class Guidance:
             raise ValueError(f"scale must be positive (1 is no guidance), got {self.scale}")
 
 
+@runtime_checkable
+class GuidesItself(Protocol):
+    """A network whose pipeline combines the predictions without and with the prompt in a way of its own."""
+
+    def guided(self, without: Float[Tensor, "N *E"], given: Float[Tensor, "N *E"], scale: float
+               ) -> Float[Tensor, "N *E"]: ...
+
+
 class GuidedDenoiser(nn.Module):
     """A network asked with and without the prompt, in blocks of `rows` rows so that memory does not grow with N.
 
@@ -59,6 +69,8 @@ class GuidedDenoiser(nn.Module):
             return asked
         both = {name: torch.cat([self._empty(name, leaf), leaf]) for name, leaf in cond.items()}
         without, given = self.network(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), both).chunk(2)
+        if isinstance(self.network, GuidesItself):
+            return self.network.guided(without, given, self.scale)
         mixed: Tensor = without + self.scale * (given - without)
         return mixed
 

@@ -30,25 +30,25 @@ from diffalign_image.rewards import Reward
 from diffalign_image.rewards.protocol import checked
 from diffalign_image.runs import record
 
-_GRID = 16  # pictures in the grids that training writes
+_GRID, _CLIPS = 16, 4  # pictures and clips in the grids that training writes
 
 
 @spec
 class Model:
     """A diffusers pipeline and what of it is trained.
 
-    path: folder or hub id. family: null reads it off model_index.json. size: (height, width) in pixels, null for the
-    model's own. lora: null trains all weights of the UNet or transformer, in float32. guidance: null is none.
-    distilled_guidance: the scale that guidance-distilled FLUX models take as an input. batch_rows: most images in one
-    call of the network (twice as many rows with guidance); it bounds the memory of sampling and scoring, gradients are
-    bounded by optimization.microbatch_rows.
+    path: folder or hub id. family: null reads it off model_index.json. size: (height, width) in pixels, of clips
+    (frames, height, width), null for the model's own. lora: null trains all weights of the UNet or transformer, in
+    float32. guidance: null is none. distilled_guidance: the scale that guidance-distilled models (FLUX, LCM) take as an
+    input. batch_rows: most images in one call of the network (twice as many rows with guidance); it bounds the memory
+    of sampling and scoring, gradients are bounded by optimization.microbatch_rows.
     """
 
     path: str
     family: FamilyName | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | tuple[int, int, int] | None = None
     lora: Lora | None = Lora()
     guidance: Guidance | None = None
     distilled_guidance: float | None = None
@@ -146,9 +146,11 @@ class Pretrained:
             result |= kl_summary(self.sampler, self.references[0], some, seed)
         return result
 
-    def grid(self, prompts: Sequence[Prompt], folder: Path, name: str, *, seed: int, count: int = _GRID,
+    def grid(self, prompts: Sequence[Prompt], folder: Path, name: str, *, seed: int, count: int | None = None,
              base: bool = False) -> Path:
-        """folder/<name>.png: pictures by the ODE, of the model or of its base."""
+        """folder/<name>.png: pictures, or frames of clips, by the ODE, of the model or of its base."""
+        if count is None:
+            count = _GRID if len(self.family.event) == 3 else _CLIPS
         policy = sampler_policy(self.sampler, "ode")
         if base and self.references is not None:
             policy = replace(policy, denoiser=self.references[0])

@@ -1,4 +1,4 @@
-"""The pipelines of diffusers that can be fine-tuned, one file each behind one protocol."""
+"""The pipelines of diffusers, of images and of clips, that can be fine-tuned, one file each behind one protocol."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign_image.families.flux import Flux
+from diffalign_image.families.ltx import LTX
 from diffalign_image.families.protocol import Family, Network, decode, save_lora, trunk
+from diffalign_image.families.qwen_image import QwenImage
 from diffalign_image.families.sd3 import SD3
 from diffalign_image.families.sd15 import SD15
 from diffalign_image.families.sdxl import SDXL
+from diffalign_image.families.wan import Wan
 
-FamilyName = Literal["sd15", "sdxl", "sd3", "flux"]
-FAMILIES: dict[str, Any] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "flux": Flux}
+FamilyName = Literal["sd15", "sdxl", "sd3", "flux", "qwen_image", "wan", "ltx"]
+FAMILIES: dict[str, Any] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan,
+                            "ltx": LTX}
+ALIASES = {"LatentConsistencyModelPipeline": "sd15"}  # the same parts in another pipeline
 
 __all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "family_of", "load", "save_lora", "trunk"]
 
@@ -30,7 +35,7 @@ def family_of(path: str) -> str:
         name = str(DiffusionPipeline.load_config(path)["_class_name"])
     except (OSError, ValueError) as error:
         raise _missing(path, error) from None
-    known = {cls.pipeline.__name__: family for family, cls in FAMILIES.items()}
+    known = {cls.pipeline.__name__: family for family, cls in FAMILIES.items()} | ALIASES
     if name not in known:
         raise ValueError(f"model.path: {path} is a {name}; known are {', '.join(known)}. If its parts are those of "
                          "a known one, name the family with model.family")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import latent_sides
+from diffalign_image.families.protocol import decode_scaled, latent_sides
 from diffalign_image.families.sd3 import JOINT_LORA_TARGETS
 
 _DEFAULT_SIDE = 1024
@@ -71,6 +71,10 @@ class Flux:
     def encode_empty(self) -> dict[str, Tensor]:
         """The empty prompt."""
         return self.encode("")
+
+    def decode(self, latent: Float[Tensor, "1 Z h w"]) -> Float[Tensor, "1 3 H W"]:
+        """The image of a latent."""
+        return decode_scaled(self.pipe.vae, latent)
 
 
 class PackedTransformer(nn.Module):

@@ -1,6 +1,6 @@
-"""What the core needs from a text-to-image pipeline of diffusers, and what most of them share.
+"""What the core needs from a text-to-image or text-to-video pipeline of diffusers, and what most of them share.
 
-Legend: N rows, Z latent channels, h x w latent positions, H x W pixels.
+Legend: N rows, *E one latent: [Z, h, w] of an image, [Z, F, h, w] of a clip; H x W pixels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Network(Protocol):
     @property
     def prediction(self) -> Prediction: ...
 
-    def __call__(self, x: Float[Tensor, "N Z h w"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z h w"]: ...
+    def __call__(self, x: Float[Tensor, "N *E"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]: ...
 
 
 class Family(Protocol):
@@ -53,8 +53,8 @@ class Family(Protocol):
         ...
 
     @property
-    def event(self) -> tuple[int, int, int]:
-        """Shape (Z, h, w) of one latent."""
+    def event(self) -> tuple[int, ...]:
+        """Shape (Z, h, w) of one latent; of a clip (Z, F, h, w)."""
         ...
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
@@ -63,6 +63,10 @@ class Family(Protocol):
 
     def encode_empty(self) -> dict[str, Tensor]:
         """The conditioning that the pipeline guides away from when no negative prompt is given."""
+        ...
+
+    def decode(self, latent: Float[Tensor, "1 *E"]) -> Tensor:
+        """The image [1, 3, H, W] or the clip [1, frames, 3, H, W] of one latent, about -1 to 1."""
         ...
 
 
@@ -82,16 +86,46 @@ def latent_sides(size: Sequence[int] | None, default: int, scale: int, multiple:
 
     Raises: ValueError unless both sides are positive multiples of `multiple` pixels.
     """
-    height, width = (default, default) if size is None else size
+    sides = (default, default) if size is None else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"model.size must be two multiples of {multiple} pixels, [height, width], for a model of "
+                         f"images, got {list(sides)}")
+    height, width = sides
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise ValueError(f"model.size must be two multiples of {multiple} pixels for this model, got "
                          f"[{height}, {width}]")
     return height // scale, width // scale
 
 
+def clip_sides(size: Sequence[int] | None, default: tuple[int, int, int], scale: tuple[int, int], multiple: int
+               ) -> tuple[int, int, int]:
+    """(F, h, w) of the latents of clips of `size` (frames, height, width); scale: frames and pixels a latent position.
+
+    Raises: ValueError unless frames is one more than a multiple of scale[0], and both sides are positive multiples of
+    `multiple` pixels.
+    """
+    sides = default if size is None else tuple(size)
+    if len(sides) != 3 or sides[0] < 1 or (sides[0] - 1) % scale[0]:
+        raise ValueError(f"model.size of a video model must be [frames, height, width] with frames one more than a "
+                         f"multiple of {scale[0]}, e.g. {list(default)}, got {list(sides)}")
+    return (sides[0] - 1) // scale[0] + 1, *latent_sides(sides[1:], 0, scale[1], multiple)
+
+
+def decode_scaled(vae: Any, latent: Float[Tensor, "1 Z h w"]) -> Float[Tensor, "1 3 H W"]:
+    """The image of a latent that one factor and one offset normalize."""
+    raw = latent / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    image: Tensor = vae.decode(raw.to(vae.dtype)).sample
+    return image
+
+
+def decode_by_channel(vae: Any, latent: Float[Tensor, "1 Z F h w"]) -> Float[Tensor, "1 frames 3 H W"]:
+    """The clip of a latent that a mean and a std of every channel, in the config of the autoencoder, normalize."""
+    mean, std = (latent.new_tensor(vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    clip: Tensor = vae.decode((latent * std + mean).to(vae.dtype)).sample
+    return clip.transpose(1, 2)
+
+
 @torch.no_grad()
-def decode(family: Family, latents: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N 3 H W"]:
-    """Images in [-1, 1] by the autoencoder, one at a time: memory does not grow with N."""
-    vae = family.pipe.vae
-    raw = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    return torch.cat([vae.decode(one.to(vae.dtype)).sample.float() for one in raw.split(1)]).clamp(-1, 1)
+def decode(family: Family, latents: Float[Tensor, "N *E"]) -> Tensor:
+    """Images [N, 3, H, W] or clips [N, frames, 3, H, W] in [-1, 1], one at a time: memory does not grow with N."""
+    return torch.cat([family.decode(one).float() for one in latents.split(1)]).clamp(-1, 1)

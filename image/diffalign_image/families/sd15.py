@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that predicts eps or v on a variance-preserving path.
+"""Stable Diffusion 1.x and 2.x: a UNet that predicts eps or v on a variance-preserving path; consistency models of it.
 
-Legend: N rows, Z = 4 latent channels, L = 77 tokens, C text channels.
+Legend: N rows, Z = 4 latent channels, L = 77 tokens, C text channels, W numbers that embed a guidance scale.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import Prediction, VPPath
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import latent_sides
+from diffalign_image.families.consistency import consistent
+from diffalign_image.families.protocol import decode_scaled, latent_sides
 
+_DEFAULT_GUIDANCE = 8.5
 UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -26,6 +28,7 @@ class SD15:
     """StableDiffusionPipeline; size: (height, width) in pixels, null for the size it was trained at.
 
     Sampling on the core's schedule is diffusers' DDIM with `timestep_spacing="trailing"` and `set_alpha_to_one=True`.
+    With an LCMScheduler the model is a consistency model (see `consistent`).
     """
 
     pipe: Any
@@ -38,9 +41,10 @@ class SD15:
 
     @classmethod
     def of(cls, pipe: Any, size: Sequence[int] | None, distilled_guidance: float | None) -> SD15:
-        """The family around a loaded pipeline. Raises: ValueError for a guidance embedding, which it has not."""
-        refuse_distilled("sd15", distilled_guidance)
-        return cls(pipe, UNet(pipe.unet, unet_prediction(pipe.scheduler)), size)
+        """The family around a loaded pipeline. Raises: ValueError for a guidance scale that the model cannot take."""
+        embedding = guidance_embedding(pipe, "sd15", distilled_guidance)
+        network = UNet(pipe.unet, unet_prediction(pipe.scheduler), embedding)
+        return cls(pipe, consistent(network, pipe.scheduler, vp_path(pipe.scheduler)), size)
 
     @property
     def path(self) -> VPPath:
@@ -62,21 +66,48 @@ class SD15:
         """The empty prompt."""
         return self.encode("")
 
+    def decode(self, latent: Float[Tensor, "1 Z h w"]) -> Float[Tensor, "1 3 H W"]:
+        """The image of a latent."""
+        return decode_scaled(self.pipe.vae, latent)
+
 
 class UNet(nn.Module):
-    """cond = {"text": [N, L, C]}."""
+    """cond = {"text": [N, L, C]}; guidance: the scale's embedding for a guidance-distilled model."""
 
-    def __init__(self, unet: nn.Module, prediction: Prediction) -> None:
+    guidance: Tensor | None
+
+    def __init__(self, unet: nn.Module, prediction: Prediction, guidance: Float[Tensor, "1 W"] | None) -> None:
         super().__init__()
         self.unet = unet
         self.prediction = prediction
+        self.register_buffer("guidance", guidance, persistent=False)
 
     def forward(self, x: Float[Tensor, "N Z h w"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z h w"]:
         """eps or v at the table entry nearest to t."""
         dtype = next(self.unet.parameters()).dtype
         out: Tensor = self.unet(x.to(dtype), table_index(t), encoder_hidden_states=cond["text"].to(dtype),
-                                return_dict=False)[0]
+                                timestep_cond=repeated(self.guidance, x, dtype), return_dict=False)[0]
         return out.float()
+
+
+def repeated(row: Float[Tensor, "1 W"] | None, like: Float[Tensor, "N *E"], dtype: torch.dtype
+             ) -> Float[Tensor, "N W"] | None:
+    """The row once for every row of `like`."""
+    return None if row is None else row.to(like.device, dtype).expand(len(like), -1)
+
+
+def guidance_embedding(pipe: Any, family: str, scale: float | None) -> Float[Tensor, "1 W"] | None:
+    """What a guidance-distilled UNet (LCM) is told of the scale, 8.5 if none is given; None for other UNets.
+
+    Raises: ValueError if a scale is given to a UNet that takes none.
+    """
+    width = pipe.unet.config.time_cond_proj_dim
+    if width is None:
+        refuse_distilled(family, scale)
+        return None
+    chosen = _DEFAULT_GUIDANCE if scale is None else scale
+    embedding: Tensor = pipe.get_guidance_scale_embedding(torch.tensor([chosen - 1.0]), embedding_dim=width)
+    return embedding
 
 
 def table_index(t: Float[Tensor, "N"]) -> Tensor:
@@ -121,5 +152,6 @@ def unet_event(pipe: Any, size: Sequence[int] | None) -> tuple[int, int, int]:
 def refuse_distilled(family: str, distilled_guidance: float | None) -> None:
     """Raises: ValueError if a guidance embedding is asked of a model without one."""
     if distilled_guidance is not None:
-        raise ValueError(f"model.distilled_guidance is an input of guidance-distilled FLUX models; {family} has none, "
-                         f"got {distilled_guidance}. Use model.guidance for classifier-free guidance")
+        raise ValueError("model.distilled_guidance is an input of guidance-distilled FLUX and LCM models; this "
+                         f"{family} has none, got {distilled_guidance}. Use model.guidance for classifier-free "
+                         "guidance")

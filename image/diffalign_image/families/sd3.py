@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.protocol import latent_sides
+from diffalign_image.families.protocol import decode_scaled, latent_sides
 from diffalign_image.families.sd15 import refuse_distilled
 
 JOINT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -66,6 +66,10 @@ class SD3:
     def encode_empty(self) -> dict[str, Tensor]:
         """The empty prompt."""
         return self.encode("")
+
+    def decode(self, latent: Float[Tensor, "1 Z h w"]) -> Float[Tensor, "1 3 H W"]:
+        """The image of a latent."""
+        return decode_scaled(self.pipe.vae, latent)
 
 
 class JointTransformer(nn.Module):

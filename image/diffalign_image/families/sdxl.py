@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from diffalign.diffusion import Prediction, VPPath
 from diffalign.diffusion.trajectories import Cond
+from diffalign_image.families.consistency import consistent
+from diffalign_image.families.protocol import decode_scaled
 from diffalign_image.families.sd15 import (
     UNET_LORA_TARGETS,
-    refuse_distilled,
+    guidance_embedding,
+    repeated,
     table_index,
     unet_event,
     unet_prediction,
@@ -44,15 +47,17 @@ class SDXL:
 
     @classmethod
     def of(cls, pipe: Any, size: Sequence[int] | None, distilled_guidance: float | None) -> SDXL:
-        """The family around a loaded pipeline. Raises: ValueError for a guidance embedding or scaled-by-channel VAEs.
+        """The family around a loaded pipeline. Raises: ValueError for a guidance scale that the model cannot take or a
+        VAE that scales by channel.
 
         The autoencoder of SDXL overflows in half precision and always runs in float32 here.
         """
-        refuse_distilled("sdxl", distilled_guidance)
         if pipe.vae.config.get("latents_mean") is not None:
             raise ValueError("vae/config.json has latents_mean, a scaling by channel that is not supported; "
                              "use an SDXL checkpoint with the original autoencoder")
-        return cls(pipe, SizedUNet(pipe.unet, unet_prediction(pipe.scheduler)), size)
+        embedding = guidance_embedding(pipe, "sdxl", distilled_guidance)
+        network = SizedUNet(pipe.unet, unet_prediction(pipe.scheduler), embedding)
+        return cls(pipe, consistent(network, pipe.scheduler, vp_path(pipe.scheduler)), size)
 
     @property
     def path(self) -> VPPath:
@@ -77,6 +82,10 @@ class SDXL:
             _, text, _, pooled = self.pipe.encode_prompt("", device=self.pipe.device, do_classifier_free_guidance=True)
         return {"text": text, "pooled": pooled, "size": self._size(text)}
 
+    def decode(self, latent: Float[Tensor, "1 Z h w"]) -> Float[Tensor, "1 3 H W"]:
+        """The image of a latent."""
+        return decode_scaled(self.pipe.vae, latent)
+
     def _size(self, like: Tensor) -> Float[Tensor, "1 6"]:
         """Original height and width, crop corner, target height and width."""
         height, width = (side * self.pipe.vae_scale_factor for side in self.event[1:])
@@ -84,17 +93,21 @@ class SDXL:
 
 
 class SizedUNet(nn.Module):
-    """cond = {"text": [N, L, C], "pooled": [N, C2], "size": [N, 6]}."""
+    """cond = {"text": [N, L, C], "pooled": [N, C2], "size": [N, 6]}; guidance as in `UNet`."""
 
-    def __init__(self, unet: nn.Module, prediction: Prediction) -> None:
+    guidance: Tensor | None
+
+    def __init__(self, unet: nn.Module, prediction: Prediction, guidance: Float[Tensor, "1 W"] | None) -> None:
         super().__init__()
         self.unet = unet
         self.prediction = prediction
+        self.register_buffer("guidance", guidance, persistent=False)
 
     def forward(self, x: Float[Tensor, "N Z h w"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z h w"]:
         """eps or v at the table entry nearest to t."""
         dtype = next(self.unet.parameters()).dtype
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"].to(dtype)}
         out: Tensor = self.unet(x.to(dtype), table_index(t), encoder_hidden_states=cond["text"].to(dtype),
-                                added_cond_kwargs=added, return_dict=False)[0]
+                                timestep_cond=repeated(self.guidance, x, dtype), added_cond_kwargs=added,
+                                return_dict=False)[0]
         return out.float()

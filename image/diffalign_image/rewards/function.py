@@ -20,7 +20,8 @@ from diffalign_image.rewards.protocol import Metadata, checked, to_bytes
 class PythonFunction:
     """Any Python function, `file.py:function`, called as function(images, prompts, metadata) -> one number an image.
 
-    images: "uint8" gives a tensor [N, 3, H, W] of 0..255, "float" one in [-1, 1]. metadata is one mapping a prompt.
+    images: "uint8" gives a tensor [N, 3, H, W] of 0..255, "float" one in [-1, 1]; clips are [N, F, 3, H, W]. metadata
+    is one mapping a prompt.
     The file is executed; name only files that you trust.
     """
 
@@ -37,7 +38,7 @@ class PythonFunction:
                  ) -> Float[Tensor, "N"]:
         """What the function returns. Raises: ValueError for anything but N finite numbers, or if there is no such
         function."""
-        given = images if self.images == "float" else torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2)
+        given = images if self.images == "float" else torch.from_numpy(to_bytes(images)).movedim(-1, -3)
         found = _load(self.function)(given, list(captions), list(metadata) or [{} for _ in captions])
         return checked(found, len(captions), f"the reward {self.function}")
 

@@ -1,6 +1,6 @@
 """What a reward is, and how images reach one.
 
-Legend: N images in [-1, 1] of H x W pixels.
+Legend: N images in [-1, 1] of H x W pixels, or N clips [N, F, 3, H, W] of F frames.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class Reward(Protocol):
                  ) -> Float[Tensor, "N"]: ...
 
 
-def to_bytes(images: Float[Tensor, "N 3 H W"]) -> np.ndarray:
-    """8-bit images [N, H, W, 3]; values outside [-1, 1] are clamped."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def to_bytes(images: Float[Tensor, "N *F 3 H W"]) -> np.ndarray:
+    """8-bit images [N, H, W, 3] or clips [N, F, H, W, 3]; values outside [-1, 1] are clamped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def to_pictures(images: Float[Tensor, "N 3 H W"]) -> list[Image.Image]:
-    """8-bit RGB pictures."""
+    """8-bit RGB pictures. Raises: ValueError for clips."""
+    if images.ndim != 4:
+        raise ValueError(f"this reward scores images, and the model makes clips of {images.shape[1]} frames; score "
+                         "frames, `reward: {type: frames, reward: {...}}`, or whole clips with a python reward")
     return [Image.fromarray(pixels) for pixels in to_bytes(images)]
 
 
