@@ -1,4 +1,4 @@
-"""Rewards of images, a closed union chosen in a config by `type`, one small file a kind.
+"""Rewards of images, closed unions chosen in a config by `type`, one small file a kind.
 
 Legend: N images in [-1, 1] with one caption each; a reward returns [N], larger is better.
 """
@@ -6,53 +6,42 @@ Legend: N images in [-1, 1] with one caption each; a reward returns [N], larger 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
-import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from diffalign.spec import spec
 from diffalign_image.rewards.clip import Aesthetic, ClipScore, PickScore
+from diffalign_image.rewards.combine import (
+    AnyReward,
+    Combination,
+    Constrained,
+    Constraint,
+    NormalizedSum,
+    OneReward,
+    PerReward,
+    Product,
+    Term,
+    TrainingReward,
+    WeightedSum,
+    named_rewards,
+    overall,
+)
 from diffalign_image.rewards.function import PythonFunction
+from diffalign_image.rewards.geneval import GenEval
+from diffalign_image.rewards.hps import HPS
+from diffalign_image.rewards.image_reward import ImageReward
 from diffalign_image.rewards.jpeg import Jpeg, JpegIncompressibility, jpeg_kb
+from diffalign_image.rewards.judge import Judge
+from diffalign_image.rewards.ocr import Ocr
 from diffalign_image.rewards.protocol import Metadata, Reward, to_bytes
 from diffalign_image.rewards.remote import Remote
 from diffalign_image.rewards.shapes import Verifiable
 
-__all__ = ["Aesthetic", "AnyReward", "ClipScore", "Jpeg", "JpegIncompressibility", "Metadata", "PickScore",
-           "PythonFunction", "Remote", "Reward", "Term", "Verifiable", "WeightedSum", "jpeg_kb", "measure", "to_bytes"]
-
-Single = Jpeg | JpegIncompressibility | Verifiable | PythonFunction | ClipScore | PickScore | Aesthetic | Remote
-
-
-@spec
-class Term:
-    """A reward and its weight in a sum."""
-
-    weight: float
-    reward: Annotated[Single, Field(discriminator="type")]
-
-
-@spec
-class WeightedSum:
-    """Sum of weight * reward. The weights carry the exchange rate between units (kB, score)."""
-
-    type: Literal["weighted_sum"] = "weighted_sum"
-    terms: tuple[Term, ...]
-
-    def __post_init__(self) -> None:
-        if not self.terms:
-            raise ValueError("weighted_sum needs at least one term, got none")
-
-    def __call__(self, images: Float[Tensor, "N 3 H W"], captions: Sequence[str], metadata: Metadata = ()
-                 ) -> Float[Tensor, "N"]:
-        """The weighted sum."""
-        return torch.stack([term.weight * term.reward(images, captions, metadata) for term in self.terms]).sum(0)
-
-
-AnyReward = Annotated[Single | WeightedSum, Field(discriminator="type")]
+__all__ = ["HPS", "Aesthetic", "AnyReward", "ClipScore", "Combination", "Constrained", "Constraint", "GenEval",
+           "ImageReward", "Jpeg", "JpegIncompressibility", "Judge", "Metadata", "NormalizedSum", "Ocr", "OneReward",
+           "PerReward", "PickScore", "Product", "PythonFunction", "Remote", "Reward", "Term", "TrainingReward",
+           "Verifiable", "WeightedSum", "jpeg_kb", "measure", "named_rewards", "overall",
+           "to_bytes"]
 
 
 def measure(images: Float[Tensor, "N 3 32 32"], captions: Sequence[str]) -> dict[str, Float[Tensor, "N"]]:
