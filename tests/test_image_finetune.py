@@ -232,8 +232,9 @@ def test_a_rollout_is_drawn_with_the_sampling_guidance_for_the_next_prompts(fold
     assert rollout.reward[0].tolist() == expected
     assert rollout.group.tolist() == [0, 0, 0, 1, 1, 1]
     cond = model.embeddings([PROMPTS[i] for i in expected])
-    noise = torch.cat([torch.randn(3, 4, *model.family.event, generator=torch.Generator().manual_seed(5 * 1_000_003 + i))
-                       for i in (2, 3)])  # the prompts at places 2 and 3 of the endless sequence
+    seeds = [5 * 1_000_003 + place for place in (2, 3)]  # of the endless sequence of prompts
+    noise = torch.cat([torch.randn(3, 4, *model.family.event, generator=torch.Generator().manual_seed(seed))
+                       for seed in seeds])
     guided, plain = (policy.act(cond, generator=torch.Generator(), noise=noise[:, 0], step_noise=noise[:, 1:]).action
                      for policy in (model.sampler, model.policy))
     torch.testing.assert_close(rollout.trajectory.sample, guided, atol=1e-5, rtol=1e-5)

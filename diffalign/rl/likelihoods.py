@@ -222,7 +222,8 @@ class Matching:
 
         def own(drawn: Tensor) -> Tensor:
             """This process's part of a draw for the decisions of all."""
-            return drawn.unflatten(0, (self.draws, count))[:, before : before + len(decisions)].flatten(0, 1)
+            parts: Tensor = drawn.unflatten(0, (self.draws, count))
+            return parts[:, before : before + len(decisions)].flatten(0, 1)
 
         if self.time == "grid":
             grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
