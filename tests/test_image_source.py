@@ -149,7 +149,8 @@ def two_jobs(folder: Path) -> dict[str, object]:
     grpo = FlowGRPO(advantage=replace(GROUP, extremes=2), optimization=plan, reference_kl=1e-3)
     awm = AWM(matching=Matching(draws=2), ema_velocity=1.0, optimization=replace(plan, skip_zero_advantage=False))
     return {"grpo": job(folder, "sd3", 2, algorithm=grpo, reward=reward, kernel=FlowSDE(noise_level=0.7),
-                        trained=TrainedSteps(stop=2, size=1, ode_elsewhere=True), prompts_per_update=4, images_per_prompt=4),
+                        trained=TrainedSteps(stop=2, size=1, ode_elsewhere=True), prompts_per_update=4,
+                        images_per_prompt=4),
             "awm": job(folder, "sd3", 2, algorithm=awm, kernel=ODE(), prompts_per_update=4, images_per_prompt=4)}
 
 
@@ -193,7 +194,7 @@ def test_two_processes_learn_what_one_learns(folder: Path) -> None:
         assert [record.keys() for record in lines[0]] == [record.keys() for record in lines[1]]
         for ours, theirs in zip(*lines):
             for key in ("reward/mean", "samples/diversity", "guard/velocity_ratio", "multiplier/jpeg_incompressibility",
-                        "advantage/tied_groups", "loss"):
+                        "advantage/tied_groups", "grad_norm/policy"):
                 assert theirs.get(key, 0.0) == pytest.approx(ours.get(key, 0.0), rel=1e-3, abs=1e-5), key
         shares = [json.loads((path / "geometry.json").read_text())["prompts_per_process"] for path in (one, two)]
         assert shares == [4, 2]
@@ -275,7 +276,7 @@ def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
     assert diversity(found, group) == pytest.approx(((5 + 0 + 5) / 3 + 0) / 2)
     assert diversity(found[:1], group[:1]) == 0
     black, white = -torch.ones(1, 3, 40, 64), torch.ones(1, 3, 40, 64)
-    assert diversity(features(torch.cat([black, white]), None), torch.zeros(2)) == pytest.approx(2)  # in [-1, 1]
+    assert diversity(features(torch.cat([black, white]), None), torch.zeros(2, dtype=torch.long)) == pytest.approx(2, abs=1e-4)
 
 
 def guarded(folder: Path, **changes: object) -> object:
@@ -415,7 +416,8 @@ def test_a_run_ends_with_its_last_checkpoint_and_goes_on_later(
         folder: Path, tmp_path: Path, server: Callable[..., None], capsys: pytest.CaptureFixture[str], how: str,
         message: str) -> None:
     port = free_port()
-    remote = Remote(url=f"http://127.0.0.1:{port}/", timeout_s=1.0, retries=1, backoff_s=0.1)
+    remote = Remote(url=f"http://127.0.0.1:{port}/", timeout_s=1.0 if how == "hangs" else 30.0, retries=1,
+                    backoff_s=0.1)
     chosen = job(folder, "sd3", 2, reward=remote, model=replace(job(folder, "sd3", 1).model, batch_rows=1),
                  evaluation=replace(job(folder, "sd3", 1).evaluation, kl_images=0), guard=Guard(images=0),
                  schedule=Schedule(steps=2), trained=TrainedSteps())
@@ -427,7 +429,7 @@ def test_a_run_ends_with_its_last_checkpoint_and_goes_on_later(
     assert message in said
     if how != "nan":  # wrong numbers are a fault to mend, not one to wait for
         assert "The last checkpoint is kept" in said
-    assert newest_checkpoint_of(tmp_path / "run").name == "step_000001"
+    assert newest_checkpoint_of(tmp_path / "run").name == "step_00000001"
     assert not (tmp_path / "run" / "finished.json").exists()
     if how == "dies":
         server("works", port, 0)
