@@ -18,10 +18,12 @@ from diffalign.rl.advantages import (
     Outcome,
     PromptRunning,
     best_of_group,
+    extremes,
     gae,
     group_normalized,
     leave_one_out,
     prompt_running,
+    tied_fraction,
     whiten,
 )
 
@@ -253,3 +255,25 @@ def test_a_group_must_have_something_to_reject():
         best_of_group(torch.zeros(4), torch.tensor([0, 0, 1, 1]), 3)
     with pytest.raises(ValueError, match="keep must be at least 1"):
         BestOfGroup(keep=0)
+
+
+def test_extremes_are_the_best_and_the_worst_of_each_group():
+    reward = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+    group = torch.tensor([0, 0, 0, 0, 0, 7, 7, 7, 7])
+    assert extremes(reward, group, 1).tolist() == [1, 1, 0, 0, 0, 1, 0, 0, 1]
+    assert extremes(reward, group, 2).tolist() == [1, 1, 1, 1, 0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="a group of 5 rows has no best 3 and worst 3"):
+        extremes(reward, group, 3)
+    one = torch.ones(1, 9, dtype=torch.bool)
+    outcome = Outcome(reward[None], one, ~one, one, group, group)
+    whole, some = (GroupNormalized(scale="none", extremes=keep)(outcome, {}).advantage[0] for keep in (None, 1))
+    assert some.tolist() == pytest.approx([2, -2, 0, 0, 0, 0, 0, 0, 0])
+    assert whole.tolist() == pytest.approx([2, -2, 1, -1, 0, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="extremes must be at least 1 or null, got 0"):
+        GroupNormalized(extremes=0)
+
+
+def test_tied_groups():
+    group = torch.tensor([3, 3, 5, 5, 9, 9])
+    assert tied_fraction(torch.tensor([1.0, 1.0, 0.0, 2.0, 4.0, 4.0]), group) == pytest.approx(2 / 3)
+    assert tied_fraction(torch.arange(6.0), group) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import save
+from tiny_pipelines import geometry, save
 
 from diffalign import config
 from diffalign.algorithms import AWM, DiffusionNFT, FlowGRPO, GRPOGuard, SePPO
@@ -88,7 +88,7 @@ def test_two_updates_move_the_adapters(folder: Path, name: str, algorithm: str) 
     state = TrainState.create({"policy": model.trained}, {"policy": 1e-2}, ema_decay=0.5, seed=0)
     reward = python(folder, "brightness")
     source = PipelineSource(model, [Prompt(text) for text in PROMPTS],
-                            reward if name == "qwen_image" else Frames(reward=reward), 2, 4, state, 0)
+                            reward if name == "qwen_image" else Frames(reward=reward), geometry(2, 4), state, 0)
     before = adapters(model)
     loop = optimize(ALGORITHMS[algorithm].compose(), model.policy, source, state, reference=model.references[1])
     for iteration in islice(loop, 2):

@@ -23,9 +23,11 @@ from diffalign.train.pieces import Optimization
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_image.families import FAMILIES, trunk
-from diffalign_image.finetuning import ImageFinetune, PipelineSource, PromptEvaluation
+from diffalign_image.finetuning import ImageFinetune, PromptEvaluation
+from diffalign_image.geometry import solve
 from diffalign_image.guidance import Guidance
 from diffalign_image.lora import Lora
+from diffalign_image.pipeline_source import PipelineSource
 from diffalign_image.pretrained import Model, Pretrained
 from diffalign_image.prompts import Embeddings, Prompt, positions, read_prompts
 from diffalign_image.rewards import PythonFunction
@@ -221,16 +223,22 @@ def test_a_rollout_is_drawn_with_the_sampling_guidance_for_the_next_prompts(fold
         assert texts == [PROMPTS[one["bonus"]] for one in metadata]
         return [float(one["bonus"]) for one in metadata]
 
-    source = PipelineSource(model, prompts, reward, 2, 3, state, seed=5)
+    plan = solve(prompts=2, images_per_prompt=3, processes=1, batch_rows=4, microbatch_rows=4, rows_per_image=1,
+                 epochs=1, minibatches=1)
+    assert plan.block_prompts == 1
+    source = PipelineSource(model, prompts, reward, plan, state, seed=5)
     rollout = source.collect(model.policy, generator=torch.Generator().manual_seed(1))
     expected = [i for i in positions(2, 2, 4, 5) for _ in range(3)]
     assert rollout.prompt.tolist() == expected
     assert rollout.reward[0].tolist() == expected
     assert rollout.group.tolist() == [0, 0, 0, 1, 1, 1]
     cond = model.embeddings([PROMPTS[i] for i in expected])
-    guided, plain = (policy.act(cond, generator=torch.Generator().manual_seed(1)).action
+    seeds = [5 * 1_000_003 + place for place in (2, 3)]  # of the endless sequence of prompts
+    noise = torch.cat([torch.randn(3, 4, *model.family.event, generator=torch.Generator().manual_seed(seed))
+                       for seed in seeds])
+    guided, plain = (policy.act(cond, generator=torch.Generator(), noise=noise[:, 0], step_noise=noise[:, 1:]).action
                      for policy in (model.sampler, model.policy))
-    assert torch.equal(rollout.trajectory.sample, guided)
+    torch.testing.assert_close(rollout.trajectory.sample, guided, atol=1e-5, rtol=1e-5)
     assert (guided - plain).abs().max() > 1e-3
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import save
+from tiny_pipelines import geometry, save
 
 from diffalign.algorithms import DDPO
 from diffalign.diffusion import DDIM, ODE, Schedule, TrainedSteps
@@ -70,7 +70,7 @@ def test_ddpo_makes_images_brighter_once_the_unet_predicts_noise(tmp_path: Path,
     plan = Model(path=str(tmp_path / name), size=(8, 8), device="cpu", lora=Lora(rank=4, alpha=8.0), batch_rows=64)
     model = Pretrained.load(plan, SCHEDULE, DDIM(eta=1.0), TrainedSteps(), seed=0, keep_reference=False)
     state = TrainState.create({"policy": model.trained}, {"policy": 0.03}, seed=0)
-    source = PipelineSource(model, [Prompt(text) for text in PROMPTS], reward, 4, 16, state, 0)
+    source = PipelineSource(model, [Prompt(text) for text in PROMPTS], reward, geometry(4, 16), state, 0)
     captions = PROMPTS * 16
 
     def brightness() -> torch.Tensor:

@@ -78,7 +78,7 @@ def test_a_python_function_that_returns_something_else(tmp_path: Path, images: t
 
 
 def test_a_python_function_that_is_not_there(tmp_path: Path, images: torch.Tensor) -> None:
-    for wrong in ("score", "rewards.py", "rewards.txt:score", "rewards.py:not a name"):
+    for wrong in ("score", "rewards.py", "a/rewards.txt:score", "rewards.py:not a name"):
         with pytest.raises(ValueError, match=r"function must be FILE\.py:NAME"):
             PythonFunction(function=wrong)
     with pytest.raises(ValueError, match="does not exist"):

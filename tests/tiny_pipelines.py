@@ -48,6 +48,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from diffalign_image.geometry import Geometry, solve
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 TOKENS = 12
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "bright", "dark", "sky"]
@@ -208,3 +210,10 @@ def _ltx(**scheduler: object) -> LTXPipeline:
     return LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**settings), vae=vae, text_encoder=_t5(), tokenizer=t5_tokenizer(),
         transformer=transformer)
+
+
+def geometry(prompts: int, images_per_prompt: int) -> Geometry:
+    """One process and room for all images."""
+    images = prompts * images_per_prompt
+    return solve(prompts=prompts, images_per_prompt=images_per_prompt, processes=1, batch_rows=images,
+                 microbatch_rows=images, rows_per_image=1, epochs=1, minibatches=1)

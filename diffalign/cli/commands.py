@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.cli import jobs, rendering
+from diffalign.cli import jobs, launch, rendering
 from diffalign.cli.errors import USER_ERRORS
 from diffalign.cli.progress import ConsoleProgress
 
@@ -31,15 +31,21 @@ def train(args: argparse.Namespace) -> int:
                          f"Use `diffalign train {file}`")
     path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
     loggers = {name: mode for name, mode in (("tensorboard", args.tensorboard), ("wandb", args.wandb)) if mode}
-    page = run_job(job, path, resume=args.resume, loggers=loggers)
-    say(f"run folder {path}, report {page}")
+    with launch.processes(job_type):
+        page = run_job(job, path, resume=args.resume, loggers=loggers)
+        if page is not None:
+            say(f"run folder {path}, report {page}")
     return 0
 
 
-def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, str] | None = None) -> Path:
-    """Train a job in its folder with console progress, then write the report; returns the report's path."""
+def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, str] | None = None) -> Path | None:
+    """Train a job in its folder with console progress, then write the report; returns the report's path.
+
+    Of several processes the first one shows, logs and reports; the others return None.
+    """
     from diffalign import config
     from diffalign.cli import report
+    from diffalign.train import distributed
     from diffalign.train.run import Run
     from diffalign.train.writers import open_writers
 
@@ -49,6 +55,10 @@ def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, st
     progress = ConsoleProgress(path.name)
     started, existed, resumed = time.time(), path.exists(), (path / "metrics.jsonl").exists()
     run = Run.create(path, config_yaml, resume=resume, listener=progress)
+    if not distributed.leads():
+        job.train(run)
+        return None
+    run.say = progress.say
     try:
         run.writers = open_writers(loggers or {}, path)
         with progress:

@@ -16,7 +16,7 @@ Inventory = dict[str, dict[str, str]]
 _WIDTH = 100
 # kind -> the closed union of an adapter
 _OF_ADAPTERS = {
-    "rewards": ("diffalign_image.rewards", "AnyReward"),
+    "rewards": ("diffalign_image.rewards", "TrainingReward"),
     "environments": ("diffalign_robot.choices", "Environment"),
     "policies": ("diffalign_robot.choices", "Network"),
 }

@@ -53,7 +53,7 @@ class ConsoleProgress:
         if self.bar is not None:
             self.bar.stop()
         if kind is None:
-            self._say(f"{self.title}: done in {duration(time.monotonic() - self.started)}")
+            self.say(f"{self.title}: done in {duration(time.monotonic() - self.started)}")
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str, total: int | None) -> None:
         """One logged line of the run."""
@@ -62,13 +62,13 @@ class ConsoleProgress:
             self.first = now, step
         shown, pace = key_metrics(metrics), self._pace(now, step, total)
         if phase != "train":
-            self._say(f"{self.title}: {phase} at step {step}: {shown}")
+            self.say(f"{self.title}: {phase} at step {step}: {shown}")
         elif self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, total=total, pace=pace, shown=shown)
         elif now - self.last_line >= self.every:
             self.last_line = now
             count = f"step {step}/{total}" if total else f"step {step}"
-            self._say(f"{self.title}: {', '.join(part for part in (count, pace) if part)}; {shown}")
+            self.say(f"{self.title}: {', '.join(part for part in (count, pace) if part)}; {shown}")
 
     def _pace(self, now: float, step: int, total: int | None) -> str:
         """`2.5 steps/s, 12 s left`; empty at first, where what came before was set-up or an earlier session."""
@@ -80,7 +80,8 @@ class ConsoleProgress:
         left = f", {duration((total - step) * since / steps)} left" if total else ""
         return speed(steps / since) + left
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 

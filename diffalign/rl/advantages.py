@@ -103,6 +103,30 @@ def group_normalized(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], *,
     return centered / ((squares / size).sqrt() + eps)
 
 
+def tied_fraction(reward: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> float:
+    """The share of groups whose rewards are all equal, so that nothing can be learned from them."""
+    numbers, index = torch.unique(group, return_inverse=True)
+    low, high = (torch.zeros(len(numbers), dtype=reward.dtype, device=reward.device).scatter_reduce(
+        0, index, reward, how, include_self=False) for how in ("amin", "amax"))
+    return float((low == high).float().mean())
+
+
+def extremes(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], keep: int) -> Bool[Tensor, "B"]:
+    """Whether a row is among the `keep` best or the `keep` worst of its group, ties to the first (DanceGRPO).
+
+    Raises: ValueError if a group has fewer than 2 keep rows.
+    """
+    chosen = torch.zeros_like(reward, dtype=torch.bool)
+    for number in torch.unique(group).tolist():
+        rows = torch.nonzero(group == number).flatten()
+        if len(rows) < 2 * keep:
+            raise ValueError(f"a group of {len(rows)} rows has no best {keep} and worst {keep}; raise the samples per "
+                             "prompt, or lower extremes")
+        order = reward[rows].argsort(descending=True, stable=True)
+        chosen[rows[torch.cat([order[:keep], order[-keep:]])]] = True
+    return chosen
+
+
 def leave_one_out(reward: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """r_i - mean of the others in the group (RLOO, Ahmadian et al. 2024; the form of LOOP)."""
     total, size, _ = group_sums(reward, group)
@@ -172,19 +196,30 @@ class GAE:
 
 @spec
 class GroupNormalized:
-    """GRPO: the episode return against its group's mean; scale `none` is Dr.GRPO, `batch` is Flow-GRPO's global std."""
+    """GRPO: the episode return against its group's mean; scale `none` is Dr.GRPO, `batch` is Flow-GRPO's global std.
+
+    extremes: only so many best and as many worst episodes of a group keep their advantage, the others get 0
+    (DanceGRPO's best-of-N; with optimization.skip_zero_advantage they cost nothing).
+    """
 
     type: Literal["group"] = "group"
     scale: Literal["group", "batch", "none"] = "group"
     whiten: bool = False
     clip: float | None = 5.0
+    extremes: int | None = None
     needs_critic = False
+
+    def __post_init__(self) -> None:
+        if self.extremes is not None and self.extremes < 1:
+            raise ValueError(f"extremes must be at least 1 or null, got {self.extremes}")
 
     def __call__(self, outcome: Outcome, statistics: Statistics) -> Estimate:
         """One advantage per episode, the same for all its decisions."""
         advantage = group_normalized(outcome.episode_return, outcome.group, scale=self.scale)
         if self.whiten:
             advantage = whiten(advantage[None], torch.ones_like(advantage[None], dtype=torch.bool))[0]
+        if self.extremes is not None:
+            advantage = advantage * extremes(outcome.episode_return, outcome.group, self.extremes)
         return _spread(outcome, advantage, statistics, self.clip)
 
 

@@ -85,8 +85,12 @@ class Likelihood(Protocol):
     @property
     def provides(self) -> frozenset[Signal]: ...
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> ExampleSet:
-        """The rows of the given decisions."""
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
+                 ) -> ExampleSet:
+        """The rows of the given decisions; `others` counts those of earlier and of later processes.
+
+        What is drawn for a decision does not depend on how the decisions are spread over processes.
+        """
         ...
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored: ...
@@ -135,7 +139,8 @@ class Transition:
             raise ValueError(f"denoising_discount must lie in (0, 1], got {self.denoising_discount}")
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> TransitionExamples:
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
+                 ) -> TransitionExamples:
         """All (n, k) with n chosen and k trained. Raises: ValueError if no step of the chain has a density."""
         steps = trajectory.trained.nonzero().flatten().to(advantage.device)
         if len(steps) == 0:
@@ -202,16 +207,24 @@ class Matching:
             raise ValueError(f"shift must be positive, and 1 with time: grid (schedules shift too), got {self.shift}")
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> MatchingExamples:
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
+                 ) -> MatchingExamples:
         """Draw (t, eps) and score the current policy as the old one, in blocks of the rollout's size."""
         rows, device = trajectory.x.shape[0], trajectory.x.device
         decision = decisions.repeat(self.draws)
+        before, count = others[0], others[0] + len(decisions) + others[1]
+
+        def own(drawn: Tensor) -> Tensor:
+            """This process's part of a draw for the decisions of all."""
+            parts: Tensor = drawn.unflatten(0, (self.draws, count))
+            return parts[:, before : before + len(decisions)].flatten(0, 1)
+
         if self.time == "grid":
             grid = trajectory.times[1:-1] if len(trajectory.times) > 2 else trajectory.times[:1]
-            t = grid[torch.randint(len(grid), decision.shape, generator=generator, device=device)]
+            t = grid[own(torch.randint(len(grid), (self.draws * count,), generator=generator, device=device))]
         else:
-            t = shifted(1 - torch.rand(decision.shape, generator=generator, device=device), self.shift)
-        eps = standard_normal(len(decision), tuple(trajectory.x.shape[2:]), device).sample(generator)
+            t = shifted(1 - own(torch.rand(self.draws * count, generator=generator, device=device)), self.shift)
+        eps = own(standard_normal(self.draws * count, tuple(trajectory.x.shape[2:]), device).sample(generator))
         empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
         with torch.no_grad():
             blocks = [self.score(policy, empty.rows(block))

@@ -47,10 +47,11 @@ class PooledMatching:
     provides: ClassVar[frozenset[Signal]] = frozenset()
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> PooledExamples:
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
+                 ) -> PooledExamples:
         """The draws of the chosen decisions, scored once under the rollout policy."""
         return PooledExamples(self.matching.examples(policy, trajectory, advantage, decisions=decisions,
-                                                     generator=generator), decisions)
+                                                     generator=generator, others=others), decisions)
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """The mean over the draws of every row."""

@@ -52,7 +52,8 @@ class Start:
     provides: ClassVar[frozenset[Signal]] = frozenset({"density"})
 
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
-                 *, decisions: Int[Tensor, "n"], generator: torch.Generator) -> StartExamples:
+                 *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
+                 ) -> StartExamples:
         """The chosen decisions. Raises: ValueError if the policy's noise is not learned."""
         if not isinstance(policy.denoiser, Steers):
             raise ValueError("the start likelihood needs a policy whose initial noise is learned, got a plain "

@@ -7,10 +7,13 @@ on the gathered batch and gradients are summed, so that neither depends on the n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -21,6 +24,26 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_leader(value: T) -> T:
+    """The first rank's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def gather_columns(x: Tensor) -> Tensor:

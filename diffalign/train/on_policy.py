@@ -14,10 +14,11 @@ from torch import Tensor
 
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser
-from diffalign.rl.advantages import Estimate, Outcome
+from diffalign.rl.advantages import Estimate, Outcome, tied_fraction
 from diffalign.rl.likelihoods import ExampleSet
 from diffalign.rl.rollouts import Rollout, RolloutSource
 from diffalign.train import distributed, update
+from diffalign.train.adaptive import adapt, penalized
 from diffalign.train.losses import Metrics, RatioDrift, anchors, cloning_loss, policy_loss, value_loss
 from diffalign.train.pieces import OnPolicy, Optimization
 from diffalign.train.state import Iteration, TrainState, cosine, scale_learning_rates
@@ -44,9 +45,13 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
             rollout = source.collect(policy, generator=collector)
             estimate, metrics = _estimate(pieces, rollout, state)
             advantage = estimate.advantage.flatten()
+            decisions = _decisions(pieces, advantage)
+            before, _, after = _counts(len(decisions), state.generator)
             examples = pieces.likelihood.examples(policy, rollout.trajectory, advantage, generator=state.generator,
-                                                  decisions=_decisions(pieces, advantage))
-        metrics |= _update_policy(pieces, policy, rollout, examples, estimate, state, reference, demonstrations)
+                                                  decisions=decisions, others=(before, after))
+        metrics |= _update_policy(penalized(pieces, state), policy, rollout, examples, estimate, state, reference,
+                                  demonstrations)
+        metrics |= adapt(pieces, state, metrics)
         state.step += 1
         yield Iteration(state.step, {**rollout.stats, **metrics})
 
@@ -87,6 +92,8 @@ def _estimate(pieces: OnPolicy, rollout: Rollout, state: TrainState) -> tuple[Es
     metrics = {"reward/mean": float(returns.mean()), "reward/std": float(returns.std(correction=0)),
                "advantage/std": float(chosen.std(correction=0)),
                "advantage/zero_fraction": float((chosen == 0).float().mean())}
+    if bool((outcome.group.unique(return_counts=True)[1] > 1).any()):
+        metrics["advantage/tied_groups"] = tied_fraction(returns, outcome.group)
     own = distributed.own_columns
     target = None if estimate.target is None else own(estimate.target)
     if estimate.target is not None and value is not None:
@@ -97,14 +104,12 @@ def _estimate(pieces: OnPolicy, rollout: Rollout, state: TrainState) -> tuple[Es
 
 
 def _decisions(pieces: OnPolicy, advantage: Tensor) -> Tensor:
-    """Those that the surrogate can learn from: all, or the ones of non-zero weight."""
-    if not pieces.surrogate.selective:
-        return torch.arange(len(advantage), device=advantage.device)
+    """Those that the surrogate can learn from: all, or the ones of non-zero weight if there are any."""
     chosen = advantage.nonzero().flatten()
-    if distributed.sum_scalar(float(len(chosen))) != len(chosen) * distributed.world_size():
-        raise ValueError(f"this process keeps {len(chosen)} decisions and another one a different number; give every "
-                         "process the same number of groups")
-    return chosen
+    selective = pieces.surrogate.selective or pieces.optimization.skip_zero_advantage
+    if selective and distributed.sum_scalar(float(len(chosen))):
+        return chosen
+    return torch.arange(len(advantage), device=advantage.device)
 
 
 def _behavior(pieces: OnPolicy, state: TrainState) -> AbstractContextManager[None]:
@@ -150,13 +155,19 @@ def _minibatches(rows: int, count: int, generator: torch.Generator) -> tuple[Ten
     The permutation runs over the rows of all processes and every rank keeps its own, so that the ranks' parts make up
     the parts that one process would use.
     """
-    world = distributed.world_size()
-    if rows * world < count:
-        raise ValueError(f"{rows * world} rows cannot fill {count} minibatches; collect more or lower minibatches")
-    order = torch.randperm(rows * world, generator=generator, device=generator.device)
+    first, total, _ = _counts(rows, generator)
+    if total < count:
+        raise ValueError(f"{total} rows cannot fill {count} minibatches; collect more or lower minibatches")
+    order = torch.randperm(total, generator=generator, device=generator.device)
     parts = torch.tensor_split(order, count)
-    first = distributed.rank() * rows
     return tuple(part[(part >= first) & (part < first + rows)] - first for part in parts)
+
+
+def _counts(rows: int, generator: torch.Generator) -> tuple[int, int, int]:
+    """How many rows the earlier processes have, all of them, and the later ones."""
+    of_ranks = distributed.gather_columns(torch.tensor([rows], device=generator.device)).tolist()
+    before, total = sum(of_ranks[: distributed.rank()]), sum(of_ranks)
+    return before, total, total - before - rows
 
 
 def _microbatches(index: Tensor, size: int) -> list[tuple[float, Tensor]]:

@@ -19,10 +19,11 @@ class Optimization:
 
     epochs x minibatches optimizer steps per rollout; microbatch_rows bounds memory and does not change the result.
     ratio_tolerance: largest |log ratio| in nats allowed on the first minibatch after a rollout.
-    ema_decay: keep averaged policy weights (per optimizer step), used for evaluation.
-    critic_warmup: iterations in which only the critic learns. decay_iterations: the learning rates fall by a cosine to
-    0 over this many iterations and stay there; null keeps them. A policy gradient is mostly noise: at a constant rate
-    the weights wander at a distance from the optimum that falls with the rate.
+    ema_decay: keep averaged policy weights (per optimizer step), used for evaluation. critic_warmup: iterations in
+    which only the critic learns. decay_iterations: the learning rates fall by a cosine to 0 over this many iterations
+    and stay there; null keeps them. A policy gradient is mostly noise: at a constant rate the weights wander at a
+    distance from the optimum that falls with the rate. skip_zero_advantage: decisions without an advantage (groups of
+    equal rewards, what `extremes` leaves out) are not computed, and the loss is the mean over the others.
     """
 
     learning_rate: float = 3e-4
@@ -36,6 +37,7 @@ class Optimization:
     ratio_tolerance: float = 0.05
     critic_warmup: int = 0
     decay_iterations: int | None = None
+    skip_zero_advantage: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches", "microbatch_rows"):
@@ -56,6 +58,7 @@ class OnPolicy:
     behavior_cloning near demonstrations; entropy rewards that of a denoising step, per number of the event; value_loss
     weighs the critic's squared error. behavior: which weights make
     the rollouts and count as the old policy, the live ones or their average (DiffusionNFT's soft-updated old policy).
+    reference_target: the distance that the reference penalty is adapted to (see `adaptive`), null keeps its strength.
 
     Raises: ValueError where the pieces do not fit each other.
     """
@@ -71,6 +74,7 @@ class OnPolicy:
     entropy: float = 0.0
     value_loss: float = 0.5
     behavior: Literal["live", "averaged"] = "live"
+    reference_target: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("reference_kl", "reference_velocity", "ema_velocity", "behavior_cloning", "entropy",
@@ -95,6 +99,9 @@ class OnPolicy:
             raise ValueError("averaged rollouts need averaged weights (set optimization.ema_decay) and a loss without "
                              f"a likelihood ratio, got ema_decay={self.optimization.ema_decay} and the "
                              f"{type(self.likelihood).__name__} likelihood")
+        if self.reference_target is not None and not (self.reference_target > 0 and self.needs_reference):
+            raise ValueError(f"reference_target={self.reference_target} must be positive and needs a penalty to adapt; "
+                             "set reference_kl or reference_velocity, its strength at the start")
         if self.ema_velocity and self.optimization.ema_decay is None:
             raise ValueError(f"ema_velocity={self.ema_velocity} needs averaged weights; set optimization.ema_decay")
 

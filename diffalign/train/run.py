@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from diffalign.train import checkpoint
+from diffalign.train import checkpoint, distributed
 from diffalign.train.state import TrainState
 
 Listener = Callable[[int, Mapping[str, float], str, int | None], None]
@@ -29,10 +29,10 @@ class Writer(Protocol):
 
 
 class Run:
-    """One run folder; see the README for the files in it.
+    """One run folder; see the README for the files in it. Of several processes the first alone writes.
 
     listener: called as (step, metrics, phase, total) after every logged line, for progress displays.
-    writers: further metric sinks.
+    writers: further metric sinks. say: shows a line of text to people.
     """
 
     def __init__(self, path: Path, *, listener: Listener | None = None, writers: tuple[Writer, ...] = ()) -> None:
@@ -40,6 +40,7 @@ class Run:
         self.total: int | None = None
         self.listener = listener
         self.writers = writers
+        self.say: Callable[[str], None] = lambda text: None
         self._spent = _last_cost(path / "costs.jsonl") - _cpu_seconds()  # by earlier sessions, before this clock
 
     @classmethod
@@ -49,6 +50,9 @@ class Run:
 
         Raises: ValueError if the folder holds a run and resume is False, or if its config differs.
         """
+        if not distributed.leads():
+            distributed.barrier()  # until the first process has made the folder, or refused and ended
+            return cls(path)
         config = path / "config.yaml"
         if config.exists():
             if not resume:
@@ -66,6 +70,7 @@ class Run:
             _replace(config, config_yaml)
         if not (path / "environment.json").exists():
             run.write_json("environment.json", environment())
+        distributed.barrier()
         return run
 
     def folder(self, name: str) -> Path:
@@ -80,6 +85,8 @@ class Run:
         Evaluations are also stamped in costs.jsonl with the CPU seconds that the run has used, those of killed sessions
         included; worker processes count once they have ended. metrics.jsonl itself has no clock.
         """
+        if not distributed.leads():
+            return
         self._append("metrics.jsonl", {"phase": phase, "step": step, **{k: float(v) for k, v in metrics.items()}})
         if phase == "eval":
             self._append("costs.jsonl", {"step": step, "cpu_s": round(self._spent + _cpu_seconds(), 1)})
@@ -88,29 +95,43 @@ class Run:
         if self.listener is not None:
             self.listener(step, metrics, phase, self.total)
 
+    def clock(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line of times and rates, which no two runs share, to throughput.jsonl and tell the writers."""
+        if not distributed.leads():
+            return
+        self._append("throughput.jsonl", {"step": step, **{k: round(float(v), 3) for k, v in metrics.items()}})
+        for writer in self.writers:
+            writer(step, metrics, "throughput")
+
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, state: TrainState, *, keep: int = 2) -> Path:
+    def save(self, state: TrainState, *, keep: int = 2) -> None:
         """Write a checkpoint of the state."""
-        return checkpoint.save(self.folder("checkpoints"), state, keep=keep)
+        if distributed.leads():
+            checkpoint.save(self.folder("checkpoints"), state, keep=keep)
+        distributed.barrier()
 
     def restore(self, state: TrainState) -> bool:
         """Load the newest checkpoint if there is one, and cut metrics.jsonl back to its step."""
         found = checkpoint.latest(self.path / "checkpoints")
+        distributed.barrier()  # no process may look after another has begun to write
         if found is None:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            if distributed.leads():
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return False
         checkpoint.load(found, state)
-        self._truncate(state.step)
+        if distributed.leads():
+            self._truncate(state.step)
         return True
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
         """Write `name` (which may contain a folder) atomically."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, json.dumps(value, indent=2) + "\n")
+        if distributed.leads():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _replace(target, json.dumps(value, indent=2) + "\n")
         return target
 
     def _truncate(self, step: int) -> None:

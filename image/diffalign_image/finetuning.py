@@ -5,27 +5,30 @@ Legend: P prompts x G images of each = B rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from diffalign import choices
 from diffalign.algorithms import Algorithm
 from diffalign.diffusion import Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.rl.rollouts import Rollout, image_rollout
+from diffalign.rl.likelihoods import Matching
+from diffalign.rl.pooled import PooledMatching
 from diffalign.spec import spec
 from diffalign.train import checkpoint, distributed
 from diffalign.train.on_policy import optimize
+from diffalign.train.pieces import OnPolicy
 from diffalign.train.run import Run
-from diffalign.train.state import TrainState
-from diffalign_image.families import decode
+from diffalign.train.state import Iteration, TrainState
+from diffalign_image.geometry import Geometry, solve
+from diffalign_image.guards import Guard, Watch
+from diffalign_image.pipeline_source import PipelineSource, scored_steps
 from diffalign_image.pretrained import Model, Pretrained, report
-from diffalign_image.prompts import Prompt, positions, read_prompts
-from diffalign_image.rewards import AnyReward, Reward
-from diffalign_image.rewards.protocol import checked
+from diffalign_image.prompts import Prompt, read_prompts
+from diffalign_image.rewards import TrainingReward
 from diffalign_image.runs import chosen_sampler, drive, newest_checkpoint, refuse_critic, require_positive
 
 
@@ -54,21 +57,27 @@ class ImageFinetune:
     """Policy optimization of a pretrained text-to-image pipeline on a reward, with LoRA or of all weights.
 
     prompts: a text file with one prompt a line, or JSONL with `prompt` and `metadata`; every prompt is drawn once
-    before any is drawn again. One iteration makes prompts_per_update x images_per_prompt images. kernel, schedule and
-    trained are the sampler of the rollouts; evaluations sample the ODE on the same schedule.
+    before any is drawn again. One iteration makes prompts_per_update x images_per_prompt images; with shared_noise
+    those of a prompt start from the same noise. kernel, schedule and trained are the sampler of the rollouts;
+    evaluations sample the ODE on the same schedule. reward_workers: threads that measure rewards while the next
+    prompts' images are drawn, 0 for none; more than 1 only for rewards that may run side by side, a service for
+    example.
     """
 
     type: Literal["image_finetune"] = "image_finetune"
     seed: int = 0
     model: Model
     prompts: str
-    reward: AnyReward
+    reward: TrainingReward
     algorithm: Algorithm
     kernel: choices.Kernel
     schedule: Schedule
     trained: TrainedSteps = TrainedSteps()
     prompts_per_update: int = 8
     images_per_prompt: int = 8
+    shared_noise: bool = False
+    reward_workers: int = 1
+    guard: Guard = Guard()
     iterations: int
     evaluation: PromptEvaluation = PromptEvaluation()
     evaluate_every: int | None = None
@@ -83,28 +92,63 @@ class ImageFinetune:
             raise ValueError(f"algorithm {self.algorithm.type} compares densities of the chain that drew the images: "
                              "model.guidance.sampling and model.guidance.likelihood must be the same, got "
                              f"{switches.sampling} and {switches.likelihood}; or use a matching method (awm, nft)")
+        if self.guard.stop.kl_nats and not self.kernel.stochastic:
+            raise ValueError(f"guard.stop.kl_nats needs a sampler with noise, got {self.kernel}; use "
+                             "guard.stop.velocity_ratio")
+        if self.reward_workers < 0:
+            raise ValueError(f"reward_workers must be at least 0, got {self.reward_workers}")
+        self._pieces()
         require_positive(self, "prompts_per_update", "images_per_prompt", "iterations", "checkpoint_every",
                          "evaluate_every")
 
     def train(self, run: Run) -> None:
         """Fine-tune or go on, with evaluations before, during and after; ends with lora/ or pipeline/."""
-        prompts, held_out = read_prompts(self.prompts), self._evaluation_prompts()
-        model, pieces = self._load(), self.algorithm.compose()
-        plan = pieces.optimization
+        prompts, held_out, pieces = read_prompts(self.prompts), self._evaluation_prompts(), self._pieces()
+        model, plan = self._load(), pieces.optimization
+        geometry = self.geometry(model.policy, distributed.world_size())
         state = TrainState.create({"policy": model.trained}, {"policy": plan.learning_rate},
                                   weight_decay=plan.weight_decay, ema_decay=plan.ema_decay, seed=self.seed)
-        source = PipelineSource(model, prompts, self.reward, self.prompts_per_update, self.images_per_prompt, state,
-                                self.seed)
+        source = PipelineSource(model, prompts, self.reward, geometry, state, self.seed, self.reward_workers,
+                                self.shared_noise, self.guard)
+        run.write_json("geometry.json", geometry.as_dict())
+        run.say(str(geometry))
         reference = None if model.references is None else model.references[1]
+        watch = Watch(self.guard.stop, list(self.guard.held_out or {}), first_evaluation(run))
 
         def report_as(name: str) -> None:
-            with state.ema_modules():
-                report(model, run, name, self._evaluated(model, held_out, self.evaluation), held_out, state.step,
-                       seed=self.evaluation.seed)
+            if distributed.leads():
+                with state.ema_modules():
+                    result = self._evaluated(model, held_out, self.evaluation)
+                    report(model, run, name, result, held_out, state.step, seed=self.evaluation.seed)
+                watch.evaluation(result)
+            source.watch.take(0, 1)  # evaluations are no part of an iteration's time
 
-        drive(run, state, optimize(pieces, model.policy, source, state, reference=reference), report_as,
-              iterations=self.iterations, evaluate_every=self.evaluate_every, checkpoint_every=self.checkpoint_every)
-        model.save(run, state)
+        def timed() -> Iterator[Iteration]:
+            for iteration in optimize(pieces, model.policy, source, state, reference=reference):
+                run.clock(iteration.step, source.watch.take(geometry.images, geometry.processes))
+                yield iteration
+
+        def halted(iteration: Iteration) -> str | None:
+            watch.iteration(iteration.metrics)
+            return distributed.from_leader(watch.reason)
+
+        drive(run, state, timed(), report_as, iterations=self.iterations, evaluate_every=self.evaluate_every,
+              checkpoint_every=self.checkpoint_every, halted=halted)
+        if distributed.leads():
+            model.save(run, state)
+        distributed.barrier()
+
+    def geometry(self, policy: DiffusionPolicy, processes: int) -> Geometry:
+        """How an update is spread over processes and memory. Raises: ValueError if they cannot share the prompts."""
+        pieces = self._pieces()
+        plan, likelihood = pieces.optimization, pieces.likelihood
+        if isinstance(likelihood, Matching):
+            rows = likelihood.draws
+        else:
+            rows = 1 if isinstance(likelihood, PooledMatching) else scored_steps(policy)
+        return solve(prompts=self.prompts_per_update, images_per_prompt=self.images_per_prompt, processes=processes,
+                     batch_rows=self.model.batch_rows, microbatch_rows=plan.microbatch_rows, rows_per_image=rows,
+                     epochs=plan.epochs, minibatches=plan.minibatches)
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
         """Reward and KL of the newest checkpoint; episodes = number of images."""
@@ -120,8 +164,11 @@ class ImageFinetune:
             model.grid(prompts, out, "before", seed=seed, count=count, base=True)]
         return [*before, model.grid(prompts, out, "after", seed=seed, count=count)]
 
+    def _pieces(self) -> OnPolicy:
+        return replace(self.algorithm.compose(), reference_target=self.guard.kl_target)
+
     def _load(self) -> Pretrained:
-        keep = self.algorithm.compose().needs_reference or self.evaluation.kl_images > 0
+        keep = self._pieces().needs_reference or self.evaluation.kl_images > 0 or self.guard.images > 0
         return Pretrained.load(self.model, self.schedule, self.kernel, self.trained, seed=self.seed,
                                keep_reference=keep)
 
@@ -137,47 +184,12 @@ class ImageFinetune:
                    ) -> dict[str, Any]:
         chosen = chosen_sampler(sampler, stochastic=self.kernel.stochastic)
         result = model.evaluate(prompts[: plan.count], self.reward, images_per_prompt=plan.images_per_prompt,
-                                seed=plan.seed, kl_images=plan.kl_images, sampler=chosen)
+                                seed=plan.seed, kl_images=plan.kl_images, sampler=chosen, held_out=self.guard.held_out,
+                                clip=self.guard.diversity_clip)
         return {**result, "split": "training prompts" if self.evaluation.prompts is None else "held_out"}
 
 
-@dataclass(frozen=True)
-class PipelineSource:
-    """Draws the next P prompts, makes G images of each, rewards them; which prompts are next follows from state.step.
-
-    Raises: ValueError if an update would ask for more prompts than there are or than processes can share.
-    """
-
-    model: Pretrained
-    prompts: list[Prompt]
-    reward: Reward
-    prompts_per_update: int
-    images_per_prompt: int
-    state: TrainState
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.prompts_per_update > len(self.prompts):
-            raise ValueError(f"prompts_per_update={self.prompts_per_update} exceeds the {len(self.prompts)} prompts of "
-                             "the file; lower it, or raise images_per_prompt instead")
-        if self.prompts_per_update % distributed.world_size():
-            raise ValueError(f"prompts_per_update={self.prompts_per_update} must be a multiple of the "
-                             f"{distributed.world_size()} processes")
-
-    def collect(self, policy: DiffusionPolicy, *, generator: torch.Generator) -> Rollout:
-        """One rollout of this process's share of P x G images."""
-        share = self.prompts_per_update // distributed.world_size()
-        first = distributed.rank() * share
-        chosen = positions(self.state.step * self.prompts_per_update + first, share, len(self.prompts), self.seed)
-        repeated = [i for i in chosen for _ in range(self.images_per_prompt)]
-        prompts = [self.prompts[i] for i in repeated]
-        cond = self.model.embeddings([prompt.text for prompt in prompts])
-        drawing = replace(policy, denoiser=self.model.sampling)
-        decision = drawing.act(cond, generator=generator)
-        images, device = decode(self.model.family, decision.action), decision.action.device
-        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        reward = checked(self.reward(images, texts, metadata), len(texts), "the reward").to(device)
-        group = torch.arange(first, first + share, device=device).repeat_interleave(self.images_per_prompt)
-        saturated = float((images.abs() > 0.99).float().mean())
-        return image_rollout(decision.trajectory, reward, group, torch.tensor(repeated, device=device),
-                             {"samples/saturated": saturated})
+def first_evaluation(run: Run) -> dict[str, Any] | None:
+    """What the run's evaluation before training found, if there was one."""
+    file = run.path / "evaluations" / "before.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None

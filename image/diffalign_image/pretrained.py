@@ -5,7 +5,7 @@ Legend: N images of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,12 +23,13 @@ from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.statistics import mean_interval
 from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_grid
 from diffalign_image.families import Family, FamilyName, decode, load, save_lora, trunk
+from diffalign_image.guards import diversity, features
 from diffalign_image.guidance import Guidance, GuidedDenoiser
 from diffalign_image.lora import Lora, WithoutAdapters, add_lora, checkpoint_trainable_only, lora_layers
 from diffalign_image.prompts import Embeddings, Prompt
-from diffalign_image.rewards import Reward
-from diffalign_image.rewards.protocol import checked
+from diffalign_image.rewards import Combination, Reward, named_rewards, overall
 from diffalign_image.runs import record
+from diffalign_image.scoring import Block, score
 
 _GRID, _CLIPS = 16, 4  # pictures and clips in the grids that training writes
 
@@ -130,16 +131,21 @@ class Pretrained:
             found.append(decode(self.family, latent))
         return Drawn(torch.cat(found), [prompt.text for prompt in prompts])
 
-    def evaluate(self, prompts: Sequence[Prompt], reward: Reward, *, images_per_prompt: int, seed: int, kl_images: int,
-                 sampler: Sampler = "ode") -> dict[str, Any]:
-        """The reward with a 95 % interval over prompt means, and the exact KL to the base in nats per image."""
+    def evaluate(self, prompts: Sequence[Prompt], reward: Reward | Combination, *, images_per_prompt: int, seed: int,
+                 kl_images: int, sampler: Sampler = "ode", held_out: Mapping[str, Reward] | None = None,
+                 clip: str | None = None) -> dict[str, Any]:
+        """Rewards with 95 % intervals over prompt means, the images' diversity in the features of `clip` or in pixels,
+        and the exact KL to the base in nats per image."""
         chosen = sampler_policy(self.sampler, sampler)
         repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         drawn = self.draw(chosen, repeated, seed)
-        values = reward(drawn.images, drawn.captions, [prompt.metadata for prompt in repeated])
-        values = checked(values, len(repeated), "the reward")
-        mean, low, high = mean_interval(values.double().reshape(len(prompts), -1).mean(1).tolist())
-        result = {"rewards": {"reward": {"mean": mean, "interval": [low, high]}}, "split": "evaluation",
+        found = {}
+        measured = score(Block(drawn.images, repeated), {**named_rewards(reward), **(held_out or {})})
+        for name, values in overall(reward, measured).items():
+            mean, low, high = mean_interval(values.double().reshape(len(prompts), -1).mean(1).tolist())
+            found[name] = {"mean": mean, "interval": [low, high]}
+        group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
+        result = {"rewards": found, "diversity": diversity(features(drawn.images, clip), group), "split": "evaluation",
                   "prompts": len(prompts), "images": len(repeated), "seed": seed, "sampler": describe(chosen)}
         if kl_images and self.references is not None and self.policy.kernel.stochastic:
             some = self.embeddings([prompts[i % len(prompts)].text for i in range(kl_images)])

@@ -114,18 +114,27 @@ def newest_checkpoint(run: Run) -> Path:
 
 
 def drive(run: Run, state: TrainState, loop: Iterator[Iteration], report: Callable[[str], None], *, iterations: int,
-          evaluate_every: int | None, checkpoint_every: int) -> None:
-    """Start, or go on from the newest checkpoint, to `iterations`: log each, `report` before, during and after."""
+          evaluate_every: int | None, checkpoint_every: int,
+          halted: Callable[[Iteration], str | None] = lambda iteration: None) -> None:
+    """Start, or go on from the newest checkpoint, to `iterations`: log each, `report` before, during and after.
+
+    Ends early, for good, when `halted` gives a reason after an iteration (and its evaluation); stopped.json has it.
+    """
     if not run.restore(state):
         report("before")
         run.save(state)
     run.total = iterations
-    while state.step < iterations:
+    while state.step < iterations and "halted" not in state.counters:
         iteration = next(loop)
         run.log(iteration.step, iteration.metrics)
         if evaluate_every and state.step % evaluate_every == 0 and state.step < iterations:
             report(f"step_{state.step:06d}")
-        if state.step % checkpoint_every == 0 or state.step == iterations:
+        reason = halted(iteration)
+        if reason is not None:
+            state.counters["halted"] = 1.0
+            run.write_json("stopped.json", {"step": state.step, "reason": reason})
+            run.say(f"stopped at step {state.step}: {reason}")
+        if state.step % checkpoint_every == 0 or state.step == iterations or reason is not None:
             run.save(state)
     report("after")
 
@@ -158,6 +167,8 @@ def record(run: Run, name: str, result: Mapping[str, Any], step: int) -> None:
     metrics = {f"{result['split']}/{reward}": values["mean"] for reward, values in result["rewards"].items()}
     if "kl_nats" in result:
         metrics["kl_nats"] = result["kl_nats"]
+    if "diversity" in result:
+        metrics["diversity"] = result["diversity"]
     run.log(step, metrics, phase="eval")
 
 
