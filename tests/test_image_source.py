@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_image_finetune import GROUP, PROMPTS, job, loaded, result, start
+from test_image_finetune import GROUP, PROMPTS, loaded, result, start
+from test_image_finetune import job as longer_job
 from tiny_pipelines import save
 
 from diffalign import config
@@ -27,6 +28,7 @@ from diffalign.train.pieces import Optimization
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_image.evaluate import path_kl
+from diffalign_image.finetuning import ImageFinetune, PromptEvaluation
 from diffalign_image.geometry import solve
 from diffalign_image.guards import Guard, Stop, Watch, diversity, drift, features
 from diffalign_image.pipeline_source import PipelineSource, scored_steps
@@ -37,6 +39,12 @@ from diffalign_image.scoring import Block, score_all
 from diffalign_image.throughput import Stopwatch
 
 TESTS = Path(__file__).parent
+SHORT = PromptEvaluation(count=2, images_per_prompt=2, kl_images=0)
+
+
+def job(folder: Path, family: str, iterations: int, **changes: object) -> ImageFinetune:
+    """With an evaluation of four images."""
+    return longer_job(folder, family, iterations, **{"evaluation": SHORT, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +284,11 @@ def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
     assert diversity(found, group) == pytest.approx(((5 + 0 + 5) / 3 + 0) / 2)
     assert diversity(found[:1], group[:1]) == 0
     black, white = -torch.ones(1, 3, 40, 64), torch.ones(1, 3, 40, 64)
-    seen = features(torch.cat([black, white]), None)
-    assert diversity(seen, torch.zeros(2, dtype=torch.long)) == pytest.approx(2, abs=1e-4)
+    pair = features(torch.cat([black, white]), None)
+    assert diversity(pair, torch.zeros(2, dtype=torch.long)) == pytest.approx(2, abs=1e-4)
 
 
-def guarded(folder: Path, **changes: object) -> object:
+def guarded(folder: Path, **changes: object) -> ImageFinetune:
     return job(folder, "sd3", 4, evaluate_every=1, guard=Guard(**changes))
 
 
@@ -420,7 +428,7 @@ def test_a_run_ends_with_its_last_checkpoint_and_goes_on_later(
     remote = Remote(url=f"http://127.0.0.1:{port}/", timeout_s=1.0 if how == "hangs" else 30.0, retries=1,
                     backoff_s=0.1)
     chosen = job(folder, "sd3", 2, reward=remote, model=replace(job(folder, "sd3", 1).model, batch_rows=1),
-                 evaluation=replace(job(folder, "sd3", 1).evaluation, kl_images=0), guard=Guard(images=0),
+                 guard=Guard(images=0),
                  schedule=Schedule(steps=2), trained=TrainedSteps())
     (tmp_path / "job.yaml").write_text(config.dump(chosen))
     server(how, port, 4)  # the evaluation before, an update of two blocks, and the first block of the next
