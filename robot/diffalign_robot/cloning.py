@@ -13,6 +13,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, Pretraining, fit, fresh_state
 from diffalign_robot.choices import ChunkMLP, Environment, Network
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -51,7 +52,7 @@ class RobotBC:
 
     def train(self, run: Run) -> None:
         """Fit, save every 500 steps, evaluate the averaged weights at the end."""
-        data = Demonstrations.load(Path(self.base))
+        data = load_demonstrations(self.base, self.environment)
         policy, batch = self._build(data)
         module = policy.denoiser
         assert isinstance(module, torch.nn.Module)

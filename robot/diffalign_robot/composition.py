@@ -14,7 +14,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.search import found_weights, search_weights
 from diffalign_robot.choices import Environment
-from diffalign_robot.demos import Demonstrations
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
@@ -97,7 +97,7 @@ class RobotCompose:
 
     def _search(self, run: Run, policies: list[DiffusionPolicy], env: VectorEnv) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
-        obs, action = Demonstrations.load(Path(self.data)).windows(policies[0].event[0])
+        obs, action = load_demonstrations(self.data, self.environment).windows(policies[0].event[0])
         some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
         chunk = chunk_denoiser(policies[0]).action_normalizer.normalize(action[some])
         predictions, eps = noise_predictions(policies, chunk, {"obs": obs[some]}, count=8, generator=generator)
