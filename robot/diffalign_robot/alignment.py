@@ -154,5 +154,5 @@ class RobotAlign:
         if not pieces.behavior_cloning:
             return None
         data = load_demonstrations(str(config_of(Path(self.base), "diffalign train")["base"]), self.environment)
-        obs, action = data.windows(policy.event[0])
+        obs, action = data.with_history(chunk_denoiser(policy).history).windows(policy.event[0])
         return demonstration_batches(obs, chunk_denoiser(policy).action_normalizer.normalize(action), 256)

@@ -27,6 +27,7 @@ class RobotBC:
 
     prediction: eps and x0 make a DDPM of denoising_steps steps, flow a rectified flow of as many Euler steps. x0 with
     denoising_steps 1 is plain regression, the mean of a Gaussian policy; its initial noise is an input it need not use.
+    history: how many observations, one a control step, the policy sees (Diffusion Policy's n_obs_steps).
     normalizers_of: the run folder of a policy whose normalizers are taken instead of fitted ones, for policies that are
     to be composed: their noisy chunks must be in the same space.
     """
@@ -38,6 +39,7 @@ class RobotBC:
     network: Network = ChunkMLP()
     prediction: Literal["eps", "x0", "flow"] = "eps"
     chunk: int = 4
+    history: int = 1
     denoising_steps: int = 10
     pretraining: Pretraining = Pretraining(steps=2500, time="grid")
     evaluation: Evaluation = Evaluation()
@@ -46,7 +48,7 @@ class RobotBC:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "denoising_steps", "num_envs", "workers"):
+        for name in ("chunk", "history", "denoising_steps", "num_envs", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -88,18 +90,25 @@ class RobotBC:
 
     def _build(self, data: Demonstrations) -> tuple[DiffusionPolicy, Batch]:
         """An untrained policy with the data's normalizers, and its batches of normalized chunks."""
-        obs, action = data.windows(self.chunk)
+        obs, action = data.with_history(self.history).windows(self.chunk)
         normalizers = self._normalizers(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             policy = build_policy(self.network, self.chunk, obs.shape[1], action.shape[2], self.denoising_steps,
-                                  prediction=self.prediction, normalizers=normalizers)
+                                  prediction=self.prediction, normalizers=normalizers, history=self.history)
         return policy, demonstration_batches(obs, normalizers[1].normalize(action), self.pretraining.batch_size)
 
     def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:
         if self.normalizers_of is None:
-            return Normalizer.fit(data.obs), Normalizer.fit(data.action, "limits")
+            seen = Normalizer.fit(data.obs)
+            every = Normalizer(self.history * len(seen.shift))  # the same for each of them
+            every.shift.copy_(seen.shift.repeat(self.history))
+            every.scale.copy_(seen.scale.repeat(self.history))
+            return every, Normalizer.fit(data.action, "limits")
         other = chunk_denoiser(load_policy(Path(self.normalizers_of)))
+        if other.history != self.history:
+            raise ValueError(f"{self.normalizers_of} has a history of {other.history} observations, this policy one of "
+                             f"{self.history}; set history to {other.history}")
         return other.observation_normalizer, other.action_normalizer
 
 

@@ -9,7 +9,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ class Demonstrations:
         """First and one-past-last step of every episode."""
         ends = self.lengths.cumsum(0).tolist()
         return [(end - length, end) for length, end in zip(self.lengths.tolist(), ends, strict=True)]
+
+    def with_history(self, count: int) -> Demonstrations:
+        """Every observation as [count * Do] with the ones before it, oldest first; an episode's first one is repeated."""
+        first = torch.tensor([start for start, _ in self.spans()]).repeat_interleave(self.lengths)[:, None]
+        index = torch.arange(len(self.obs))[:, None] + torch.arange(1 - count, 1)
+        return replace(self, obs=self.obs[index.maximum(first)].flatten(1))
 
     def successful(self) -> Demonstrations:
         """The successful episodes. Raises: ValueError if there are none."""

@@ -133,7 +133,8 @@ class RobotOffPolicy:
         """Demonstrations as transitions; their base signals are drawn once, from the job's seed."""
         if not self.demonstrations:
             return None
-        data = [load_demonstrations(path, self.environment) for path in self.demonstrations]
+        history = chunk_denoiser(policy).history
+        data = [load_demonstrations(path, self.environment).with_history(history) for path in self.demonstrations]
         generator = torch.Generator().manual_seed(self.seed)
         if isinstance(policy.base, QueuedBase):
             data = [queued_demonstrations(part, policy.base.chunks, generator) for part in data]

@@ -101,7 +101,7 @@ class RobotPreference:
         observations, chunks = [], []
         for path in self.demonstrations:
             data = load_demonstrations(path, self.environment).successful()
-            obs, action = data.windows(policy.event[0])
+            obs, action = data.with_history(chunk_denoiser(policy).history).windows(policy.event[0])
             observations.append(obs)
             chunks.append(chunk_denoiser(policy).action_normalizer.normalize(action))
         size = self.algorithm.compose().fitting.batch_size
