@@ -56,7 +56,7 @@ class Demonstrations:
         return [(end - length, end) for length, end in zip(self.lengths.tolist(), ends, strict=True)]
 
     def with_history(self, count: int) -> Demonstrations:
-        """Every observation as [count * Do] with the ones before it, oldest first; an episode's first one is repeated."""
+        """Every observation as [count * Do] with those before it, oldest first; an episode's first one is repeated."""
         first = torch.tensor([start for start, _ in self.spans()]).repeat_interleave(self.lengths)[:, None]
         index = torch.arange(len(self.obs))[:, None] + torch.arange(1 - count, 1)
         return replace(self, obs=self.obs[index.maximum(first)].flatten(1))
@@ -83,7 +83,7 @@ class Demonstrations:
 
 
 def scripted_expert(spec: Environment, place: str | None = None) -> Callable[[], Expert]:
-    """A factory of controllers, one an episode: the one at `place` (module:function), else Meta-World's own for the task.
+    """A factory of controllers, one an episode: that at `place` (module:function), else Meta-World's for the task.
 
     Raises: ValueError where there is none.
     """

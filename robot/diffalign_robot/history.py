@@ -15,7 +15,7 @@ from diffalign_robot.envs import Array, Episode, Step
 
 
 def stacked(recent: Sequence[Array], count: int) -> Array:
-    """The last `count` observations [count * Do], oldest first; before the first one it is repeated (Diffusion Policy)."""
+    """The last `count` observations [count * Do], oldest first; where there are fewer, the first one is repeated."""
     missing = max(count - len(recent), 0)
     return np.concatenate([recent[0]] * missing + list(recent)[-count:])
 

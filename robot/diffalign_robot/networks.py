@@ -21,8 +21,8 @@ class ChunkDenoiser(nn.Module):
     """Predicts eps, x0, v or flow of a normalized chunk from (chunk, time, observation).
 
     Both normalizers are buffers of this module, so that a checkpoint is complete: observations are normalized inside
-    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. history: how many observations of the
-    simulator an observation of the policy consists of.
+    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. history: how many observations
+    of the simulator an observation of the policy consists of.
     """
 
     def __init__(self, spec: Network, chunk: int, observations: Normalizer, actions: Normalizer, *,

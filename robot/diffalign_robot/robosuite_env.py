@@ -25,11 +25,13 @@ class RobosuiteEpisode:
 
         if spec.task not in robosuite.ALL_ENVIRONMENTS:
             close = difflib.get_close_matches(spec.task, robosuite.ALL_ENVIRONMENTS, n=1)
-            raise ValueError(f"robosuite has no task {spec.task!r}; did you mean {close or robosuite.ALL_ENVIRONMENTS}?")
+            raise ValueError(f"robosuite has no task {spec.task!r}; did you mean "
+                             f"{close or robosuite.ALL_ENVIRONMENTS}?")
         self._spec = spec
         self._env: Any = robosuite.make(
-            spec.task, robots=list(spec.robots), has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False,
-            control_freq=spec.control_rate_hz, ignore_done=True, reward_shaping=spec.reward == "dense", hard_reset=False)
+            spec.task, robots=list(spec.robots), has_renderer=False, has_offscreen_renderer=False,
+            use_camera_obs=False, control_freq=spec.control_rate_hz, ignore_done=True, hard_reset=False,
+            reward_shaping=spec.reward == "dense")
         self._keys = [_OF_ROBOMIMIC.get(key, key) for key in spec.keys]
         self._steps, self._renderer = 0, None
         self._seen = self._env.observation_spec()

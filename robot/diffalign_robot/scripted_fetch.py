@@ -21,7 +21,7 @@ def pick_and_place() -> Callable[[Array], Array]:
         hand, block, goal = obs[0:3], obs[3:6], obs[25:28]
         off = block - hand
         if closing == 0 and np.linalg.norm(off[:2]) > _NEAR:
-            move = off + [0.0, 0.0, _HOVER]
+            move = off + np.array([0.0, 0.0, _HOVER])
         elif closing == 0 and abs(off[2]) > _NEAR:
             move = off
         else:

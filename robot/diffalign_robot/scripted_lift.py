@@ -22,7 +22,7 @@ def lift() -> Callable[[Array], Array]:
         off = cube - hand
         above = np.linalg.norm(off[:2]) < _NEAR
         if closing == 0 and not above:
-            move = off + [0.0, 0.0, _HOVER]
+            move = off + np.array([0.0, 0.0, _HOVER])
         elif closing == 0 and abs(off[2]) > _NEAR / 2:
             move = off
         else:

@@ -1,8 +1,8 @@
 """A scripted controller for gym-pusht's state observation: one push at a time, chosen by a model of the block.
 
-The table damps all motion within a step, so that a push of d at a point r from the centre of mass along the inward normal n
-moves the block by d n and turns it by d (r x n) m / I. The push after which the block's corners lie nearest to the
-goal's is made; then another is chosen.
+The table damps all motion, so that a push at a point r from the centre of mass along the inward normal n moves the
+block along n and turns it (r x n) m / I as much. The push after which the block's corners lie nearest to the goal's is made;
+then another is chosen.
 """
 
 from __future__ import annotations

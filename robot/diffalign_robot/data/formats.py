@@ -21,9 +21,9 @@ def format_of(path: Path) -> str:
         if path.exists() and module.recognizes(path):
             return name
     what = "is no data set of a known format" if path.exists() else "holds no demonstrations (it does not exist)"
-    raise ValueError(f"{path} {what}; a run folder, a robomimic .hdf5, a LeRobotDataset v3 folder, a Minari folder or a "
-                     "Diffusion Policy .zarr is needed; make them with "
-                     f"`diffalign train configs/robot/pick_place_collect.yaml --run {path}` or record your own")
+    raise ValueError(f"{path} {what}; a run folder, a robomimic .hdf5, a LeRobotDataset v3 folder, a Minari folder or "
+                     "a Diffusion Policy .zarr is needed; make them with "
+                     f"`diffalign train configs/robot/pick_place_collect.yaml --run {path}`")
 
 
 def read(path: Path) -> Dataset:

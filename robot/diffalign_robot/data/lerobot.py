@@ -51,7 +51,7 @@ def read(path: Path) -> Dataset:
 
 
 def write(data: Dataset, path: Path) -> None:
-    """Write a new folder: observation.state, observation.environment_state, action, next.reward, next.success, next.done.
+    """Write a new folder: observation.state and .environment_state, action, next.reward, next.success, next.done.
 
     The parts called object (robomimic) or environment_state are the environment's state, all others are joined to
     observation.state.

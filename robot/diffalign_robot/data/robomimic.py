@@ -77,7 +77,8 @@ def write(data: Dataset, path: Path) -> None:
 def _low_dim(demo: Any, path: Path) -> list[str]:
     found = [key for key in demo["obs"] if demo["obs"][key].ndim == 2] if "obs" in demo else []
     if not found:
-        raise ValueError(f"{path} holds no observations of numbers; extract them with robomimic's dataset_states_to_obs")
+        raise ValueError(f"{path} holds no observations of numbers; extract them with robomimic's "
+                         "dataset_states_to_obs")
     first = [key for key in _CANONICAL if key in found]
     return first + [key for key in found if key not in first]
 
