@@ -33,7 +33,8 @@ class RobosuiteEpisode:
             use_camera_obs=False, control_freq=spec.control_rate_hz, ignore_done=True, hard_reset=False,
             reward_shaping=spec.reward == "dense")
         self._keys = [_OF_ROBOMIMIC.get(key, key) for key in spec.keys]
-        self._steps, self._renderer = 0, None
+        self._steps = 0
+        self._renderer: Any = None
         self._seen = self._env.observation_spec()
         missing = [key for key in self._keys if np.ndim(self._seen.get(key)) != 1]
         if missing:
@@ -65,7 +66,7 @@ class RobosuiteEpisode:
 
     def observe(self) -> Array:
         """The parts that the spec's keys name, one after the other."""
-        return np.concatenate([self._seen[key] for key in self._keys]).astype(np.float32)
+        return np.asarray(np.concatenate([self._seen[key] for key in self._keys]), np.float32)
 
     def frame(self) -> NDArray[np.uint8]:
         """A picture from robosuite's camera agentview, [240, 240, 3]."""

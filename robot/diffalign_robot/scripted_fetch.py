@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffalign_robot.envs import Array
 
@@ -19,14 +20,14 @@ def pick_and_place() -> Callable[[Array], Array]:
     def act(obs: Array) -> Array:
         nonlocal closing
         hand, block, goal = obs[0:3], obs[3:6], obs[25:28]
-        off = block - hand
+        off = np.asarray(block - hand, np.float64)
+        move: NDArray[np.float64] = off
         if closing == 0 and np.linalg.norm(off[:2]) > _NEAR:
             move = off + np.array([0.0, 0.0, _HOVER])
-        elif closing == 0 and abs(off[2]) > _NEAR:
-            move = off
-        else:
+        elif closing or abs(off[2]) <= _NEAR:
             closing += 1
-            move = off if closing <= _CLOSING_STEPS else goal - block
+            if closing > _CLOSING_STEPS:
+                move = np.asarray(goal - block, np.float64)
         grip = -1.0 if closing else 1.0
         return np.append(np.clip(_GAIN * move, -1, 1), grip).astype(np.float32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffalign_robot.envs import Array
 
@@ -19,15 +20,15 @@ def lift() -> Callable[[Array], Array]:
     def act(obs: Array) -> Array:
         nonlocal closing
         hand, cube = obs[0:3], obs[9:12]
-        off = cube - hand
+        off = np.asarray(cube - hand, np.float64)
         above = np.linalg.norm(off[:2]) < _NEAR
+        move: NDArray[np.float64] = off
         if closing == 0 and not above:
             move = off + np.array([0.0, 0.0, _HOVER])
-        elif closing == 0 and abs(off[2]) > _NEAR / 2:
-            move = off
-        else:
+        elif closing or abs(off[2]) <= _NEAR / 2:
             closing += 1
-            move = off if closing <= _CLOSING_STEPS else np.array([0.0, 0.0, 0.1])
+            if closing > _CLOSING_STEPS:
+                move = np.array([0.0, 0.0, 0.1])
         grip = 1.0 if closing else -1.0
         return np.concatenate([np.clip(_GAIN * move, -1, 1), np.zeros(3), [grip]]).astype(np.float32)
 

@@ -1,8 +1,8 @@
 """A scripted controller for gym-pusht's state observation: one push at a time, chosen by a model of the block.
 
 The table damps all motion, so that a push at a point r from the centre of mass along the inward normal n moves the
-block along n and turns it (r x n) m / I as much. The push after which the block's corners lie nearest to the goal's is made;
-then another is chosen.
+block along n and turns it (r x n) m / I as much. The push after which the block's corners lie nearest to the goal's is
+made; then another is chosen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def push() -> Callable[[Array], Array]:
         pushed += 1
         if pushed * 4 > length + _GAP + 4:
             plan.clear()
-        return np.clip(agent + 16 * normal, 0, 512).astype(np.float32)
+        return np.asarray(np.clip(agent + 16 * normal, 0, 512), np.float32)
 
     return act
 
@@ -97,14 +97,13 @@ def _way(agent: Points, start: Points, block: Points, angle: float) -> Array:
     """The next target on the way to `start`: straight if the block is not there, else the shortest way on a grid."""
     outline = _world(block, angle)[0]
     if _sees(agent, start[None], outline)[0]:
-        return start.astype(np.float32)
+        return np.asarray(start, np.float32)
     steps = _steps_to(start, _clearance(_GRID, outline) > _RADIUS + 2)
     near = np.linalg.norm(_GRID - agent, axis=-1)
     cost = np.where(near < 6 * _CELL, steps + near / _CELL, np.inf)
     shown = cost < np.inf
     cost[shown] = np.where(_sees(agent, _GRID[shown], outline), cost[shown], np.inf)
-    target = _GRID[np.unravel_index(int(cost.argmin()), cost.shape)]
-    return target.astype(np.float32)
+    return np.asarray(_GRID[np.unravel_index(int(cost.argmin()), cost.shape)], np.float32)
 
 
 def _clearance(places: Points, outline: Points) -> Points:

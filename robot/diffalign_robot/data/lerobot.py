@@ -70,7 +70,8 @@ def write(data: Dataset, path: Path) -> None:
              for name, keys in _features(data).items()}
     names["action"] = [f"action.{i}" for i in range(data.episodes.action.shape[1])]
     columns["action"] = data.episodes.action
-    features = {name: {"dtype": "float32", "shape": (len(said),), "names": said} for name, said in names.items()}
+    features: dict[str, dict[str, Any]] = {
+        name: {"dtype": "float32", "shape": (len(said),), "names": said} for name, said in names.items()}
     features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
     features |= {name: {"dtype": "bool", "shape": (1,), "names": None} for name in ("next.done", "next.success")}
     target = LeRobotDataset.create(f"local/{path.name}", int(data.rate_hz), features, root=path, use_videos=False)
