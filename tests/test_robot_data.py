@@ -193,27 +193,38 @@ def test_a_diffusion_policy_zarr_is_read(tmp_path):
         formats.read(tmp_path / "torn.zarr")
 
 
-def test_a_minari_folder_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_minari_folder_is_read(tmp_path, named):
     minari = pytest.importorskip("minari")
+    h5py = pytest.importorskip("h5py")
     import gymnasium
+    from gymnasium.spaces import Box, Dict
+    from minari.dataset.minari_storage import MinariStorage
 
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = minari.DataCollector(gymnasium.make("Pendulum-v1"), record_infos=True)
-    rng, taken, seen = np.random.default_rng(0), [], []
-    for seed in range(2):
-        seen.append(env.reset(seed=seed)[0])
-        for _ in range(3):
-            taken.append(rng.uniform(-1, 1, 1).astype(np.float32))
-            seen.append(env.step(taken[-1])[0])
-        seen.pop()  # what follows the last step belongs to no action
-    env.create_dataset("toy/pendulum-v0", algorithm_name="random", author="us", author_email="us@example.org",
-                       code_permalink="none", description="none")
-    env.close()
-    read = formats.read(tmp_path / "toy" / "pendulum-v0")
-    assert read.episodes.lengths.tolist() == [3, 3]
-    np.testing.assert_array_equal(read.episodes.obs, seen)
-    np.testing.assert_array_equal(read.episodes.action, taken)
-    assert (read.episodes.success.tolist(), read.task()) == ([0, 0], "Pendulum-v1")
+    box = Box(-1, 1, (3,), np.float32)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    storage = MinariStorage.new(tmp_path / "set" / "data", Dict(a=box, b=box) if named else box,
+                                Box(-1, 1, (1,), np.float32), gymnasium.spec("Pendulum-v1"), data_format="hdf5")
+    storage.update_metadata({"dataset_id": "set-v0", "minari_version": minari.__version__, "total_episodes": 2,
+                             "total_steps": 7})
+    rng = np.random.default_rng(0)
+    obs = [rng.uniform(-1, 1, (length + 1, 3)).astype(np.float32) for length in (3, 4)]  # one more than actions
+    with h5py.File(tmp_path / "set" / "data" / "main_data.hdf5", "a") as file:
+        for number, seen in enumerate(obs):
+            group, length = file.create_group(f"episode_{number}"), len(seen) - 1
+            group.attrs.update({"id": number, "total_steps": length})
+            for key in ("observations/a", "observations/b") if named else ("observations",):
+                group[key] = seen
+            group["actions"], group["rewards"] = np.full((length, 1), number, np.float32), [0.5] * (length - 1) + [1.0]
+            group["terminations"] = group["truncations"] = np.zeros(length, bool)
+            group["infos/success"] = np.arange(length) == (1 if number else length)
+    read = formats.read(tmp_path / "set")
+    assert dict(read.keys) == ({"a": 3, "b": 3} if named else {"obs": 3})
+    assert read.episodes.lengths.tolist() == [3, 4]
+    np.testing.assert_array_equal(read.episodes.obs[:, :3], np.concatenate([seen[:-1] for seen in obs]))
+    assert read.episodes.action[:, 0].tolist() == [0] * 3 + [1] * 4
+    assert (read.episodes.success.tolist(), read.task()) == ([0, 1], "Pendulum-v1")
+    assert read.paid()[:3].tolist() == [0.5, 0.5, 1.0]
 
 
 def test_unknown_paths_and_formats_name_the_known_ones(tmp_path, data):
