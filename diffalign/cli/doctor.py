@@ -23,6 +23,10 @@ EXTRAS = {
     "wandb": ("wandb",),
     "lerobot": ("lerobot",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "data": ("h5py", "zarr", "minari"),
+    "fetch": ("gymnasium_robotics",),
+    "pusht": ("gym_pusht",),
+    "robosuite": ("robosuite",),
 }
 _PACKAGES = (
     "torch",

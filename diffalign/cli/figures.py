@@ -46,6 +46,21 @@ def interval_curve(points: Sequence[Point], intervals: Sequence[Point], label: s
     return _frame(label, [x for x, _ in points], [bound for interval in intervals for bound in interval], marks)
 
 
+def histogram(values: Sequence[float], label: str, bins: int = 40) -> str:
+    """How many of the values fall into each of equal bins from the least to the greatest."""
+    low, high = _range(values, 0.0)
+    counts = [0] * bins
+    for value in values:
+        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+    edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+
+    def marks(px: Callable[[float], float], py: Callable[[float], float]) -> str:
+        steps = [(edges[i + side], float(count)) for i, count in enumerate(counts) for side in (0, 1)]
+        return _line([(low, 0.0), *steps, (high, 0.0)], px, py, "line")
+
+    return _frame(label, edges, [0.0, *map(float, counts)], marks)
+
+
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of the last `width` values at every point."""
     return [math.fsum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]

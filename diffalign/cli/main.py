@@ -124,6 +124,16 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-time-chunking", action="store_true", help=chunking)
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["convert", "check"], help="write it in another format, or look at it")
+    known = "a run folder, robomimic .hdf5, LeRobotDataset v3 folder, Minari folder or Diffusion Policy .zarr"
+    parser.add_argument("source", metavar="SRC", help=known)
+    parser.add_argument("--to", metavar="FORMAT:PATH", help="convert: run:, robomimic: or lerobot: and a path")
+    parser.add_argument("--keys", metavar="A,B", help="only these parts of the observation, in this order")
+    parser.add_argument("--rate-hz", type=float, metavar="N", help="control steps a second, where SRC does not say")
+    parser.add_argument("--out", metavar="FILE", help="check: the report (default: <name of SRC>-check.html)")
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
 
@@ -157,6 +167,9 @@ COMMANDS = {
     "deploy": Command(
         "controller", "deploy", "run an exported policy on a robot, or on its digital twin",
         "diffalign deploy controllers/pick-place --robot twin --seconds 5", forwards=True),
+    "data": Command(
+        "data", "data", "convert recorded robot episodes between formats, or check them",
+        "diffalign data convert runs/pick-place-collect --to lerobot:data/pick-place", _data_arguments, json=True),
     "report": Command(
         "commands", "report", "rebuild report.html of a run folder, finished or not",
         "diffalign report runs/demo-robot", _report_arguments),

@@ -22,7 +22,7 @@ from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.supervised import Batch
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import demonstration_batches
-from diffalign_robot.demos import Demonstrations
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import add_noise, config_of, load_policy, steer
@@ -153,6 +153,6 @@ class RobotAlign:
     def _demonstrations(self, pieces: OnPolicy, policy: DiffusionPolicy) -> Batch | None:
         if not pieces.behavior_cloning:
             return None
-        data = Demonstrations.load(Path(str(config_of(Path(self.base), "diffalign train")["base"])))
-        obs, action = data.windows(policy.event[0])
+        data = load_demonstrations(str(config_of(Path(self.base), "diffalign train")["base"]), self.environment)
+        obs, action = data.with_history(chunk_denoiser(policy).history).windows(policy.event[0])
         return demonstration_batches(obs, chunk_denoiser(policy).action_normalizer.normalize(action), 256)

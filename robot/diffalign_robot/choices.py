@@ -26,8 +26,30 @@ class MetaWorld:
     def __post_init__(self) -> None:
         if not 1 <= self.horizon <= 500:
             raise ValueError(f"horizon must lie in 1..500 (Meta-World's own limit), got {self.horizon}")
-        if self.reward == "dense" and self.success_ends:
-            raise ValueError("a dense reward that ends at success pays for avoiding success; set success_ends to false")
+        _refuse_paid_avoidance(self.reward, self.success_ends)
+
+
+@spec
+class Robosuite:
+    """A robosuite task; the default keys and controller are those of robomimic's low-dimensional data sets.
+
+    keys: robosuite's names, `object` for its object-state. reward, success_ends: as for metaworld.
+    """
+
+    type: Literal["robosuite"] = "robosuite"
+    task: str = "Lift"
+    robots: tuple[str, ...] = ("Panda",)
+    horizon: int = 100
+    control_rate_hz: int = 20
+    reward: Literal["sparse", "dense"] = "sparse"
+    success_ends: bool = True
+    keys: tuple[str, ...] = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1 or self.control_rate_hz < 1 or not self.robots or not self.keys:
+            raise ValueError("need horizon >= 1, control_rate_hz >= 1, a robot and a key; got "
+                             f"{self.horizon}, {self.control_rate_hz}, {self.robots}, {self.keys}")
+        _refuse_paid_avoidance(self.reward, self.success_ends)
 
 
 @spec
@@ -66,6 +88,11 @@ class Custom:
         if not module or not colon or not function.isidentifier():
             raise ValueError(f"factory must be module:function, e.g. my_robot.envs:make_arm, got {self.factory!r}")
         _require_gymnasium(self.horizon, self.keys)
+
+
+def _refuse_paid_avoidance(reward: str, success_ends: bool) -> None:
+    if reward == "dense" and success_ends:
+        raise ValueError("a dense reward that ends at success pays for avoiding success; set success_ends to false")
 
 
 def _require_gymnasium(horizon: int | None, keys: tuple[str, ...]) -> None:
@@ -133,5 +160,5 @@ def _require_time_features(count: int) -> None:
         raise ValueError(f"time_features must be even and at least 4, got {count}")
 
 
-Environment = Annotated[MetaWorld | Gymnasium | Custom, Field(discriminator="type")]
+Environment = Annotated[MetaWorld | Robosuite | Gymnasium | Custom, Field(discriminator="type")]
 Network = Annotated[ChunkMLP | ChunkUNet | ChunkTransformer, Field(discriminator="type")]

@@ -13,6 +13,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, Pretraining, fit, fresh_state
 from diffalign_robot.choices import ChunkMLP, Environment, Network
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.demos import Demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -26,6 +27,7 @@ class RobotBC:
 
     prediction: eps and x0 make a DDPM of denoising_steps steps, flow a rectified flow of as many Euler steps. x0 with
     denoising_steps 1 is plain regression, the mean of a Gaussian policy; its initial noise is an input it need not use.
+    history: how many observations, one a control step, the policy sees (Diffusion Policy's n_obs_steps).
     normalizers_of: the run folder of a policy whose normalizers are taken instead of fitted ones, for policies that are
     to be composed: their noisy chunks must be in the same space.
     """
@@ -37,6 +39,7 @@ class RobotBC:
     network: Network = ChunkMLP()
     prediction: Literal["eps", "x0", "flow"] = "eps"
     chunk: int = 4
+    history: int = 1
     denoising_steps: int = 10
     pretraining: Pretraining = Pretraining(steps=2500, time="grid")
     evaluation: Evaluation = Evaluation()
@@ -45,13 +48,13 @@ class RobotBC:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "denoising_steps", "num_envs", "workers"):
+        for name in ("chunk", "history", "denoising_steps", "num_envs", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def train(self, run: Run) -> None:
         """Fit, save every 500 steps, evaluate the averaged weights at the end."""
-        data = Demonstrations.load(Path(self.base))
+        data = load_demonstrations(self.base, self.environment)
         policy, batch = self._build(data)
         module = policy.denoiser
         assert isinstance(module, torch.nn.Module)
@@ -87,18 +90,25 @@ class RobotBC:
 
     def _build(self, data: Demonstrations) -> tuple[DiffusionPolicy, Batch]:
         """An untrained policy with the data's normalizers, and its batches of normalized chunks."""
-        obs, action = data.windows(self.chunk)
+        obs, action = data.with_history(self.history).windows(self.chunk)
         normalizers = self._normalizers(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             policy = build_policy(self.network, self.chunk, obs.shape[1], action.shape[2], self.denoising_steps,
-                                  prediction=self.prediction, normalizers=normalizers)
+                                  prediction=self.prediction, normalizers=normalizers, history=self.history)
         return policy, demonstration_batches(obs, normalizers[1].normalize(action), self.pretraining.batch_size)
 
     def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:
         if self.normalizers_of is None:
-            return Normalizer.fit(data.obs), Normalizer.fit(data.action, "limits")
+            seen = Normalizer.fit(data.obs)
+            every = Normalizer(self.history * len(seen.shift))  # the same for each of them
+            every.shift.copy_(seen.shift.repeat(self.history))
+            every.scale.copy_(seen.scale.repeat(self.history))
+            return every, Normalizer.fit(data.action, "limits")
         other = chunk_denoiser(load_policy(Path(self.normalizers_of)))
+        if other.history != self.history:
+            raise ValueError(f"{self.normalizers_of} has a history of {other.history} observations, this policy one of "
+                             f"{self.history}; set history to {other.history}")
         return other.observation_normalizer, other.action_normalizer
 
 

@@ -18,12 +18,14 @@ from diffalign_robot.runs import load_policy, packages
 class RobotCollect:
     """Episodes by a scripted expert with noise, or by a trained policy: demonstrations.safetensors in the run folder.
 
-    policy: the run folder of a policy to act instead of the expert (then action_noise is usually 0). action_bias is
-    added to every action, one number per action feature: a controller that is out of calibration.
+    expert: a function without arguments, as module:function, that makes the controller of one episode (observation ->
+    action); null is Meta-World's own. policy: the run folder of a policy to act instead (then action_noise is usually
+    0). action_bias is added to every action, one number per action feature: a controller that is out of calibration.
     """
 
     type: Literal["robot_collect"] = "robot_collect"
     environment: Environment
+    expert: str | None = None
     policy: str | None = None
     episodes: int = 50
     action_noise: float = 0.3
@@ -33,6 +35,8 @@ class RobotCollect:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if self.expert is not None and self.policy is not None:
+            raise ValueError(f"either expert or policy acts, got {self.expert} and {self.policy}")
         if not self.action_noise >= 0:
             raise ValueError(f"action_noise must be at least 0, got {self.action_noise}")
 
@@ -45,7 +49,7 @@ class RobotCollect:
         seeds = [1_000_000 * (self.seed + 1) + i for i in range(self.episodes)]
         episodes = []
         if self.policy is None:
-            actor = scripted_expert(self.environment)
+            actor = scripted_expert(self.environment, self.expert)
         else:
             actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
         for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,

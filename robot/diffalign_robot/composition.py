@@ -14,7 +14,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.search import found_weights, search_weights
 from diffalign_robot.choices import Environment
-from diffalign_robot.demos import Demonstrations
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
@@ -87,6 +87,10 @@ class RobotCompose:
         policies = [load_policy(Path(folder)).with_sampler(DDPM()) for folder in self.parents]
         first = chunk_denoiser(policies[0]).action_normalizer
         for folder, policy in zip(self.parents[1:], policies[1:], strict=True):
+            seen = [chunk_denoiser(one).history for one in (policies[0], policy)]
+            if seen[0] != seen[1]:
+                raise ValueError(f"{folder} has a history of {seen[1]} observations and {self.parents[0]} one of "
+                                 f"{seen[0]}; compose policies that see the same")
             other = chunk_denoiser(policy).action_normalizer
             if not (torch.allclose(first.shift, other.shift, atol=1e-3)
                     and torch.allclose(first.scale, other.scale, atol=1e-3)):
@@ -97,7 +101,8 @@ class RobotCompose:
 
     def _search(self, run: Run, policies: list[DiffusionPolicy], env: VectorEnv) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
-        obs, action = Demonstrations.load(Path(self.data)).windows(policies[0].event[0])
+        data = load_demonstrations(self.data, self.environment)
+        obs, action = data.with_history(chunk_denoiser(policies[0]).history).windows(policies[0].event[0])
         some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
         chunk = chunk_denoiser(policies[0]).action_normalizer.normalize(action[some])
         predictions, eps = noise_predictions(policies, chunk, {"obs": obs[some]}, count=8, generator=generator)

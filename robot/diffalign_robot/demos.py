@@ -9,7 +9,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign_robot.choices import Environment, MetaWorld
-from diffalign_robot.envs import Array, make
+from diffalign_robot.envs import Array, function_at, make
 
 Expert = Callable[[Array], Array]
 
@@ -56,6 +56,17 @@ class Demonstrations:
                              f"`diffalign train configs/robot/pick_place_collect.yaml --run {folder}`")
         return cls(**load_file(file))
 
+    def spans(self) -> list[tuple[int, int]]:
+        """First and one-past-last step of every episode."""
+        ends = self.lengths.cumsum(0).tolist()
+        return [(end - length, end) for length, end in zip(self.lengths.tolist(), ends, strict=True)]
+
+    def with_history(self, count: int) -> Demonstrations:
+        """Every observation as [count * Do] with those before it, oldest first; an episode's first one is repeated."""
+        first = torch.tensor([start for start, _ in self.spans()]).repeat_interleave(self.lengths)[:, None]
+        index = torch.arange(len(self.obs))[:, None] + torch.arange(1 - count, 1)
+        return replace(self, obs=self.obs[index.maximum(first)].flatten(1))
+
     def successful(self) -> Demonstrations:
         """The successful episodes. Raises: ValueError if there are none."""
         kept = self.success.bool()
@@ -72,20 +83,22 @@ class Demonstrations:
 
         Raises: ValueError if no episode is as long as a chunk.
         """
-        starts = torch.cat([torch.arange(end - length, max(end - length, end - chunk + 1)) for length, end
-                            in zip(self.lengths.tolist(), self.lengths.cumsum(0).tolist())])
+        starts = torch.cat([torch.arange(start, max(start, end - chunk + 1)) for start, end in self.spans()])
         if len(starts) == 0:
             raise ValueError(f"no demonstration is as long as a chunk of {chunk} (longest: {int(self.lengths.max())})")
         return self.obs[starts], self.action[starts[:, None] + torch.arange(chunk)]
 
 
-def scripted_expert(spec: Environment) -> Callable[[], Expert]:
-    """A factory of Meta-World's scripted policy for the spec's task.
+def scripted_expert(spec: Environment, place: str | None = None) -> Callable[[], Expert]:
+    """A factory of controllers, one an episode: that at `place` (module:function), else Meta-World's for the task.
 
-    Raises: ValueError where no expert is known.
+    Raises: ValueError where there is none.
     """
+    if place is not None:
+        return function_at(place, "expert")
     if not isinstance(spec, MetaWorld):
-        raise ValueError(f"scripted experts exist for Meta-World only, got environment type {spec.type!r}")
+        raise ValueError(f"environment type {spec.type!r} has no scripted expert of its own; set expert to "
+                         "module:function (see configs/robot/lift_collect.yaml)")
     from metaworld.policies import ENV_POLICY_MAP
 
     if spec.task not in ENV_POLICY_MAP:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign_robot.choices import Custom, Environment, Gymnasium, MetaWorld
+from diffalign_robot.choices import Custom, Environment, Gymnasium, MetaWorld, Robosuite
 
 Array = NDArray[np.float32]
 
@@ -55,6 +56,10 @@ def make(spec: Environment) -> Episode:
         from diffalign_robot.meta_world import MetaWorldEpisode
 
         return MetaWorldEpisode(spec)
+    if isinstance(spec, Robosuite):
+        from diffalign_robot.robosuite_env import RobosuiteEpisode
+
+        return RobosuiteEpisode(spec)
     return GymnasiumEpisode(_gymnasium(spec), spec.id if isinstance(spec, Gymnasium) else spec.factory, spec.keys)
 
 
@@ -68,21 +73,26 @@ def _gymnasium(spec: Gymnasium | Custom) -> Any:
             return gymnasium.make(spec.id, max_episode_steps=spec.horizon)
         except gymnasium.error.Error as error:
             raise ValueError(f"Gymnasium cannot make {spec.id!r}: {error}") from None
-    module, _, name = spec.factory.partition(":")
+    env = function_at(spec.factory, "factory")()
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(f"factory {spec.factory!r} must return a gymnasium.Env, got {type(env).__name__}")
+    return env if spec.horizon is None else gymnasium.wrappers.TimeLimit(env, spec.horizon)
+
+
+def function_at(place: str, setting: str) -> Callable[[], Any]:
+    """The function without arguments that a setting names as module:function. Raises: ValueError if there is none."""
+    module, _, name = place.partition(":")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there and lacks something itself
-        raise ValueError(f"factory {spec.factory!r}: no module named {error.name!r}; put its folder on PYTHONPATH"
+        raise ValueError(f"{setting} {place!r}: no module named {error.name!r}; put its folder on PYTHONPATH"
                          ) from None
-    factory = getattr(found, name, None)
-    if not callable(factory):
-        raise ValueError(f"factory {spec.factory!r}: {module} has no function {name!r}")
-    env = factory()
-    if not isinstance(env, gymnasium.Env):
-        raise ValueError(f"factory {spec.factory!r} must return a gymnasium.Env, got {type(env).__name__}")
-    return env if spec.horizon is None else gymnasium.wrappers.TimeLimit(env, spec.horizon)
+    function: Callable[[], Any] | None = getattr(found, name, None)
+    if not callable(function):
+        raise ValueError(f"{setting} {place!r}: {module} has no function {name!r}")
+    return function
 
 
 def choose_renderer() -> None:

@@ -5,6 +5,7 @@ Legend: B environments, N episodes, Ta actions of a chunk, Da action features, D
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffalign.policy.improved import ImprovedPolicy
 from diffalign.train.statistics import mean_interval, wilson
 from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array
+from diffalign_robot.history import stacked
 from diffalign_robot.queued import QueuedBase, for_policy
 from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vector import ChunkVectorEnv, VectorEnv
@@ -139,14 +141,18 @@ def describe(policy: RobotPolicy, sampler: Sampler) -> str:
 def policy_actor(policy: DiffusionPolicy, *, seed: int) -> Callable[[], Callable[[Array], Array]]:
     """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop."""
     acting, generator = evaluation_policy(policy, "stochastic"), torch.Generator().manual_seed(seed)
-    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
+    network = chunk_denoiser(acting)
+    unnormalize = network.action_normalizer.unnormalize
 
     def build() -> Callable[[Array], Array]:
         queue: list[Array] = []
+        recent: deque[Array] = deque(maxlen=network.history)
 
         def act(obs: Array) -> Array:
+            recent.append(obs)
             if not queue:
-                decision = acting.act({"obs": torch.from_numpy(obs)[None].float()}, generator=generator)
+                seen = torch.from_numpy(stacked(recent, network.history))[None].float()
+                decision = acting.act({"obs": seen}, generator=generator)
                 queue.extend(unnormalize(decision.action)[0].numpy())
             return queue.pop(0)
 
@@ -166,7 +172,7 @@ def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, coun
     acting = evaluation_policy(policy, sampler)
     unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
     generator = torch.Generator().manual_seed(seed)
-    env = for_policy(ChunkVectorEnv(spec, 1), acting)
+    env = for_policy(ChunkVectorEnv(spec, 1, history=chunk_denoiser(acting).history), acting)
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = imageio.get_writer(out, fps=40, macro_block_size=8, codec="libx264")
     with writer as film:

@@ -38,7 +38,8 @@ def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, worke
 
     Raises: ValueError if the policy was trained for another one.
     """
-    env, network = ChunkVectorEnv(environment, num_envs, workers=workers), chunk_denoiser(policy)
+    network = chunk_denoiser(policy)
+    env = ChunkVectorEnv(environment, num_envs, workers=workers, history=network.history)
     require_same_shapes((env.obs_dim, env.action_dim),
                         (len(network.observation_normalizer.shift), network.event[1]), environment)
     return for_policy(env, policy)

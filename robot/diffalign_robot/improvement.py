@@ -18,7 +18,7 @@ from diffalign.train.off_policy_pieces import OffPolicy
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_robot.choices import Environment
-from diffalign_robot.demos import Demonstrations
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler, evaluation_policy
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.queued import QueuedBase, queued_demonstrations
@@ -133,7 +133,8 @@ class RobotOffPolicy:
         """Demonstrations as transitions; their base signals are drawn once, from the job's seed."""
         if not self.demonstrations:
             return None
-        data = [Demonstrations.load(Path(folder)) for folder in self.demonstrations]
+        history = chunk_denoiser(policy).history
+        data = [load_demonstrations(path, self.environment).with_history(history) for path in self.demonstrations]
         generator = torch.Generator().manual_seed(self.seed)
         if isinstance(policy.base, QueuedBase):
             data = [queued_demonstrations(part, policy.base.chunks, generator) for part in data]

@@ -16,7 +16,7 @@ from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, fresh_state
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import demonstration_batches
-from diffalign_robot.demos import Demonstrations
+from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
@@ -99,8 +99,9 @@ class RobotPreference:
 
     def _winners(self, policy: DiffusionPolicy) -> Batch:
         observations, chunks = [], []
-        for folder in self.demonstrations:
-            obs, action = Demonstrations.load(Path(folder)).successful().windows(policy.event[0])
+        for path in self.demonstrations:
+            data = load_demonstrations(path, self.environment).successful()
+            obs, action = data.with_history(chunk_denoiser(policy).history).windows(policy.event[0])
             observations.append(obs)
             chunks.append(chunk_denoiser(policy).action_normalizer.normalize(action))
         size = self.algorithm.compose().fitting.batch_size

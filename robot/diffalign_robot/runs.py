@@ -42,14 +42,14 @@ def config_of(folder: Path, command: str) -> dict[str, Any]:
 
 
 def build_policy(network: Network, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
-                 prediction: Prediction = "eps", normalizers: tuple[Normalizer, Normalizer] | None = None
-                 ) -> DiffusionPolicy:
+                 prediction: Prediction = "eps", normalizers: tuple[Normalizer, Normalizer] | None = None,
+                 history: int = 1) -> DiffusionPolicy:
     """A chunk policy: K Euler steps of a flow for prediction `flow`, else a K-step cosine DDPM.
 
-    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO).
+    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO). obs_dim counts all the observations of a history.
     """
     observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
-    denoiser = ChunkDenoiser(network, chunk, observations, actions, prediction=prediction)
+    denoiser = ChunkDenoiser(network, chunk, observations, actions, prediction=prediction, history=history)
     schedule, event = Schedule(steps=denoising_steps), (chunk, action_dim)
     if prediction == "flow":
         return DiffusionPolicy(denoiser, FlowPath(), ODE(), schedule, event, clip_x0=1.0)
@@ -113,7 +113,7 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
     network = build(Network, config["network"], str(folder / "config.yaml"))
     return build_policy(network, config["chunk"], obs_dim, action_dim, config["denoising_steps"],
-                        prediction=config.get("prediction", "eps"))
+                        prediction=config.get("prediction", "eps"), history=config.get("history", 1))
 
 
 def steer(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array, Episode, make
+from diffalign_robot.history import HistoryEpisode
 
 _DIED = "a simulator process died (killed or out of memory); lower num_envs or workers"
 
@@ -59,11 +60,16 @@ class VectorEnv(Protocol):
         ...
 
 
+def _episode(spec: Environment, history: int) -> Episode:
+    episode = make(spec)
+    return episode if history == 1 else HistoryEpisode(episode, history)
+
+
 class _Slice:
     """Some of the environments, stepped one after the other."""
 
-    def __init__(self, spec: Environment, count: int) -> None:
-        self.episodes: list[Episode] = [make(spec) for _ in range(count)]
+    def __init__(self, spec: Environment, count: int, history: int) -> None:
+        self.episodes = [_episode(spec, history) for _ in range(count)]
         self.over = [True] * count
 
     def reset(self, seeds: Sequence[int]) -> Array:
@@ -102,8 +108,10 @@ class _Slice:
 class ChunkVectorEnv:
     """B simulators; an environment whose episode has ended idles until the next reset of all."""
 
-    def __init__(self, spec: Environment, count: int, *, workers: int = 1) -> None:
+    def __init__(self, spec: Environment, count: int, *, workers: int = 1, history: int = 1) -> None:
         """workers 1 steps in this process; more split the environments evenly over that many processes.
+
+        history: how many observations, one a control step, an observation consists of.
 
         Raises: ValueError on counts below 1, and whatever making the environment raises.
         """
@@ -112,12 +120,12 @@ class ChunkVectorEnv:
         self.count = count
         sizes = [len(part) for part in np.array_split(np.arange(count), min(workers, count))]
         self._bounds = np.cumsum([0, *sizes])
-        probe = make(spec)
+        probe = _episode(spec, history)
         self.obs_dim, self.action_dim = probe.obs_dim, probe.action_dim
         self.action_low, self.action_high = probe.action_low, probe.action_high
         probe.close()
-        self._local = _Slice(spec, count) if len(sizes) == 1 else None
-        self._workers = [] if self._local else [_Worker(spec, size) for size in sizes]
+        self._local = _Slice(spec, count, history) if len(sizes) == 1 else None
+        self._workers = [] if self._local else [_Worker(spec, size, history) for size in sizes]
 
     def reset(self, seeds: Sequence[int]) -> Array:
         """Start an episode per environment from its seed; the observations [B, Do]."""
@@ -166,10 +174,10 @@ class ChunkVectorEnv:
 class _Worker:
     """A process that holds a slice."""
 
-    def __init__(self, spec: Environment, count: int) -> None:
+    def __init__(self, spec: Environment, count: int, history: int) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec, count), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, spec, count, history), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -195,8 +203,8 @@ class _Worker:
         self._process.join(timeout=5)
 
 
-def _serve(pipe: Connection, spec: Environment, count: int) -> None:
-    part = _Slice(spec, count)
+def _serve(pipe: Connection, spec: Environment, count: int, history: int) -> None:
+    part = _Slice(spec, count, history)
     while True:
         try:
             method, argument = pipe.recv()
