@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"diffalign", "diffalign_image", "diffalign_robot"}
+OURS = {"diffalign", "diffalign_controller", "diffalign_image", "diffalign_robot"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -32,7 +32,7 @@ def test_nothing_named_robot_or_image_is_installed() -> None:
         assert spec is None or spec.origin is None or ROOT not in Path(spec.origin).parents
 
 
-def test_only_our_three_packages_are_declared() -> None:
+def test_only_our_packages_are_declared() -> None:
     tops = distribution("diffalign").read_text("top_level.txt")
     assert tops is not None
     assert set(tops.split()) == OURS
