@@ -61,7 +61,7 @@ def pretrain(name: str, folder: Path) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_ddpo_makes_images_brighter_once_the_unet_predicts_noise(tmp_path: Path, name: str) -> None:
     losses = pretrain(name, tmp_path / name)
     assert sum(losses[-10:]) / 10 < 0.2 < 0.8 < losses[0]

@@ -80,6 +80,7 @@ def test_logs_without_anything_to_keep_are_refused(tmp_path) -> None:
         recorded(tmp_path, LOG[:4], keep="interventions")
 
 
+@pytest.mark.slow
 def test_a_person_who_drives_the_twin_of_pick_place_is_recorded(tmp_path, capsys) -> None:
     """The expert acts in the person's place, in real time, while the policy does nothing; the log becomes a success."""
     pytest.importorskip("metaworld")

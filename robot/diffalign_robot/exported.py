@@ -71,6 +71,10 @@ class ExportedPolicy:
         if not isinstance(base, DiffusionPolicy):
             raise ValueError(f"a policy on a {type(base).__name__} cannot be exported: it corrects single actions of a "
                              "queue that the simulator keeps; export its base run, or train with per_step: false")
+        seen = chunk_denoiser(self.policy).history
+        if seen > 1:
+            raise ValueError(f"a policy that sees a history of {seen} observations cannot be exported: the controller "
+                             "gives the newest one; export a run with history: 1")
         if isinstance(self.policy, ImprovedPolicy):
             operator = self.policy.operator
             if not isinstance(operator, OnActions | OnNoise):
