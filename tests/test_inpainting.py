@@ -10,7 +10,7 @@ import torch
 
 from diffalign.diffusion import DDPM, ODE, FlowPath, Schedule, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.inpainting import inpainted
+from diffalign_robot.inpainting import inpainted
 
 
 class Linear:

@@ -88,7 +88,7 @@ def test_scripted_experts_solve_their_task_and_are_refused_elsewhere():
     assert all(len(obs) == len(action) < 100 for obs, action, _ in clean)  # success ends the episode
     noisy = next(iter(collect(spec, scripted_expert(spec), seeds=[0], action_noise=0.5, noise_seed=0)))
     assert not np.array_equal(noisy[1][:5], clean[0][1][:5])
-    with pytest.raises(ValueError, match="for Meta-World only, got environment type 'gymnasium'"):
+    with pytest.raises(ValueError, match="environment type 'gymnasium' has no scripted expert of its own; set expert"):
         scripted_expert(Gymnasium(id=POINT))
 
 

@@ -12,10 +12,10 @@ import torch
 from scipy import stats
 from test_on_policy import setup
 
+from diffalign.cli.writers import open_writers
 from diffalign.diffusion import FlowSDE
 from diffalign.train.run import Run
 from diffalign.train.statistics import mean_interval, wilson
-from diffalign.train.writers import open_writers
 
 CONFIG = "type: robot_bc\nseed: 0\n"
 

@@ -201,7 +201,7 @@ def test_gradcheck(surrogate):
     (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
     (lambda: GuardClip(low=0.0), "low must be positive"),
     (lambda: ContrastiveMatching(beta=0.0), "beta must be positive"),
-    (lambda: evaluate(ContrastiveMatching(), [0.0], 1.0), "needs the old policy's x0"),
+    (lambda: evaluate(ContrastiveMatching(), [0.0], 1.0), "needs the old policy's error"),
     (lambda: evaluate(GuardClip(), [0.0], 1.0), "needs the stored Gaussian steps"),
     (lambda: evaluate(DivergenceGate(), [0.0], 1.0), "needs the exact KL of Gaussian steps")])
 def test_refusals(make, message):

@@ -45,9 +45,9 @@ def run_job(job: jobs.Job, path: Path, *, resume: bool, loggers: Mapping[str, st
     """
     from diffalign import config
     from diffalign.cli import report
+    from diffalign.cli.writers import open_writers
     from diffalign.train import distributed
     from diffalign.train.run import Run
-    from diffalign.train.writers import open_writers
 
     config_yaml = config.dump(job)
     if resume:

@@ -15,10 +15,10 @@ from torch import Tensor
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
-from diffalign.policy.inpainting import inpainted
 from diffalign.policy.operators import OnActions, OnNoise
 from diffalign.policy.protocols import Decision
 from diffalign_robot.evaluate import RobotPolicy
+from diffalign_robot.inpainting import inpainted
 from diffalign_robot.source import chunk_denoiser
 
 
@@ -55,7 +55,7 @@ class ExportedPolicy:
 
     policy: as it is evaluated (`evaluate.evaluation_policy`). chunking: two more inputs for real-time chunking, the
     rest of the previous chunk in robot units and how much each of its actions still holds, in [0, 1]
-    (`policy.inpainting`).
+    (`inpainting`).
 
     Raises: ValueError naming the part that cannot be exported.
     """
