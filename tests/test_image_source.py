@@ -182,6 +182,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.timeout(1800)
 def test_two_processes_learn_what_one_learns(folder: Path) -> None:
     for name, chosen in two_jobs(folder).items():
         (folder / f"{name}.yaml").write_text(config.dump(chosen))
