@@ -58,9 +58,7 @@ class Flux:
     @property
     def event(self) -> tuple[int, int, int]:
         """Shape (Z, h, w) of one latent before packing."""
-        scale = self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels // 4,
-                *latent_sides(self.size, _DEFAULT_SIDE, scale, 2 * scale))
+        return packed_event(self.pipe, self.size)
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """{"text" [1, L, C] of T5, "pooled" [1, C2] of CLIP}."""
@@ -97,6 +95,12 @@ class PackedTransformer(nn.Module):
             pooled_projections=cond["pooled"].to(dtype), txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=positions(height // 2, width // 2, text), return_dict=False)[0]
         return unpack(out, height, width).float()
+
+
+def packed_event(pipe: Any, size: Sequence[int] | None) -> tuple[int, int, int]:
+    """(Z, h, w) of a transformer whose tokens are packed from latents, 1024 x 1024 pixels if no size is given."""
+    scale = pipe.vae_scale_factor
+    return (pipe.transformer.config.in_channels // 4, *latent_sides(size, _DEFAULT_SIDE, scale, 2 * scale))
 
 
 def pack(x: Float[Tensor, "N Z h w"]) -> Float[Tensor, "N P Z4"]:

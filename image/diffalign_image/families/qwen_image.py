@@ -17,12 +17,11 @@ from torch.nn.functional import pad
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
-from diffalign_image.families.flux import pack, unpack
-from diffalign_image.families.protocol import decode_by_channel, latent_sides
+from diffalign_image.families.flux import pack, packed_event, unpack
+from diffalign_image.families.protocol import decode_by_channel
 from diffalign_image.families.sd3 import JOINT_LORA_TARGETS
 from diffalign_image.families.sd15 import refuse_distilled
 
-_DEFAULT_SIDE = 1024
 _TOKENS = 512  # prompts are cut here, as by the pipeline
 _NO_PROMPT = " "  # the authors' negative prompt; the pipeline has no default
 
@@ -60,9 +59,7 @@ class QwenImage:
     @property
     def event(self) -> tuple[int, int, int]:
         """Shape (Z, h, w) of one latent before packing."""
-        scale = self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels // 4,
-                *latent_sides(self.size, _DEFAULT_SIDE, scale, 2 * scale))
+        return packed_event(self.pipe, self.size)
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """{"text" [1, 512, C], of which the first "length" [1] are tokens and the rest zeros}."""

@@ -72,7 +72,10 @@ class SD15:
 
 
 class UNet(nn.Module):
-    """cond = {"text": [N, L, C]}; guidance: the scale's embedding for a guidance-distilled model."""
+    """cond = {"text": [N, L, C]}, of SDXL also "pooled" [N, C2] and "size" [N, 6].
+
+    guidance: the scale's embedding for a guidance-distilled model.
+    """
 
     guidance: Tensor | None
 
@@ -85,8 +88,11 @@ class UNet(nn.Module):
     def forward(self, x: Float[Tensor, "N Z h w"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z h w"]:
         """eps or v at the table entry nearest to t."""
         dtype = next(self.unet.parameters()).dtype
+        added = {"text_embeds": cond["pooled"].to(dtype),
+                 "time_ids": cond["size"].to(dtype)} if "pooled" in cond else None  # SDXL's
         out: Tensor = self.unet(x.to(dtype), table_index(t), encoder_hidden_states=cond["text"].to(dtype),
-                                timestep_cond=repeated(self.guidance, x, dtype), return_dict=False)[0]
+                                timestep_cond=repeated(self.guidance, x, dtype), added_cond_kwargs=added,
+                                return_dict=False)[0]
         return out.float()
 
 

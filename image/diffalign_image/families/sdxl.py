@@ -14,15 +14,13 @@ from diffusers import StableDiffusionXLPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffalign.diffusion import Prediction, VPPath
-from diffalign.diffusion.trajectories import Cond
+from diffalign.diffusion import VPPath
 from diffalign_image.families.consistency import consistent
 from diffalign_image.families.protocol import decode_scaled
 from diffalign_image.families.sd15 import (
     UNET_LORA_TARGETS,
+    UNet,
     guidance_embedding,
-    repeated,
-    table_index,
     unet_event,
     unet_prediction,
     vp_path,
@@ -56,7 +54,7 @@ class SDXL:
             raise ValueError("vae/config.json has latents_mean, a scaling by channel that is not supported; "
                              "use an SDXL checkpoint with the original autoencoder")
         embedding = guidance_embedding(pipe, "sdxl", distilled_guidance)
-        network = SizedUNet(pipe.unet, unet_prediction(pipe.scheduler), embedding)
+        network = UNet(pipe.unet, unet_prediction(pipe.scheduler), embedding)
         return cls(pipe, consistent(network, pipe.scheduler, vp_path(pipe.scheduler)), size)
 
     @property
@@ -90,24 +88,3 @@ class SDXL:
         """Original height and width, crop corner, target height and width."""
         height, width = (side * self.pipe.vae_scale_factor for side in self.event[1:])
         return torch.tensor([[height, width, 0, 0, height, width]], dtype=like.dtype, device=like.device)
-
-
-class SizedUNet(nn.Module):
-    """cond = {"text": [N, L, C], "pooled": [N, C2], "size": [N, 6]}; guidance as in `UNet`."""
-
-    guidance: Tensor | None
-
-    def __init__(self, unet: nn.Module, prediction: Prediction, guidance: Float[Tensor, "1 W"] | None) -> None:
-        super().__init__()
-        self.unet = unet
-        self.prediction = prediction
-        self.register_buffer("guidance", guidance, persistent=False)
-
-    def forward(self, x: Float[Tensor, "N Z h w"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Z h w"]:
-        """eps or v at the table entry nearest to t."""
-        dtype = next(self.unet.parameters()).dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"].to(dtype)}
-        out: Tensor = self.unet(x.to(dtype), table_index(t), encoder_hidden_states=cond["text"].to(dtype),
-                                timestep_cond=repeated(self.guidance, x, dtype), added_cond_kwargs=added,
-                                return_dict=False)[0]
-        return out.float()
