@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from test_on_policy import demonstrations, setup
-from toys import MLPDenoiser, PointMass, PromptBandit
+from test_steering import steered_toy
+from toys import MLPDenoiser, PointMass, PromptBandit, toy_policy
 
 from diffalign.algorithms import DDPO, DPPO, FlowGRPO
 from diffalign.diffusion import DDPM, FlowSDE
 from diffalign.diffusion.trajectories import concatenate
 from diffalign.rl.advantages import GroupNormalized, PromptRunning
+from diffalign.rl.likelihoods import Matching, Transition
+from diffalign.rl.pooled import PooledMatching
 from diffalign.rl.rollouts import Rollout
+from diffalign.rl.starts import Start
 from diffalign.train import distributed
 from diffalign.train.on_policy import Optimization, optimize
 from diffalign.train.state import TrainState, frozen_copy
@@ -159,3 +163,30 @@ def test_one_process_needs_no_process_group():
     assert torch.equal(distributed.gather_columns(x), x)
     assert torch.equal(distributed.own_columns(x), x)
     assert distributed.sum_scalar(2.5) == 2.5
+
+
+@pytest.mark.parametrize("counts", [(5,), (2, 3), (1, 1, 3), (0, 4, 1)], ids=str)
+@pytest.mark.parametrize("likelihood", [Transition(), Matching(draws=3), PooledMatching(), Start()], ids=repr)
+def test_rows_of_a_process_are_those_of_one_process_at_their_places(likelihood, counts):
+    """However the decisions are spread: also where a process has one of several draws, or none at all."""
+    policy = steered_toy() if isinstance(likelihood, Start) else toy_policy(MLPDenoiser(event=3), FlowSDE(), event=(3,))
+    cond = {"obs": torch.linspace(-1, 1, 5)[:, None]}
+    trajectory = policy.act(cond, generator=torch.Generator().manual_seed(0)).trajectory
+    advantage = torch.arange(1.0, 6.0)
+
+    def examples(before, count):
+        return likelihood.examples(policy, trajectory, advantage, decisions=torch.arange(before, before + count),
+                                   generator=torch.Generator().manual_seed(1), others=(before, 5 - before - count))
+
+    whole, places = examples(0, 5), []
+    assert whole.place.tolist() == list(range(len(whole)))
+    for rank, count in enumerate(counts):
+        part = examples(sum(counts[:rank]), count)
+        places += part.place.tolist()
+        if not count:
+            continue
+        own, expected = part.rows(torch.arange(len(part))), whole.rows(part.place)
+        for one, other in [(own.advantage, expected.advantage), (own.old_log_prob, expected.old_log_prob),
+                           *((leaf, expected.data[name]) for name, leaf in own.data.items())]:
+            torch.testing.assert_close(one, other)
+    assert sorted(places) == list(range(len(whole)))

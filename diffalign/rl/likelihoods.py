@@ -77,6 +77,11 @@ class ExampleSet(Protocol):
     @property
     def decision(self) -> Int[Tensor, "R"]: ...
 
+    @property
+    def place(self) -> Int[Tensor, "R"]:
+        """Where each row would be if one process had the rows of all."""
+        ...
+
 
 @runtime_checkable
 class Likelihood(Protocol):
@@ -104,6 +109,7 @@ class TransitionExamples:
     advantage: Float[Tensor, "N"]
     discount: float
     decision: Int[Tensor, "R"]
+    place: Int[Tensor, "R"]
     step: Int[Tensor, "R"]
 
     def __len__(self) -> int:
@@ -147,8 +153,10 @@ class Transition:
             raise ValueError(f"{policy.kernel} has no stochastic trained step, so there is no transition density to "
                              "improve; use DDPM, DDIM(eta > 0), FlowSDE or CPS, widen the trained steps, or use the "
                              "matching likelihood (awm)")
+        rows = len(decisions) * len(steps)
+        place = others[0] * len(steps) + torch.arange(rows, device=decisions.device)
         return TransitionExamples(trajectory, advantage, self.denoising_discount,
-                                  decisions.repeat_interleave(len(steps)), steps.repeat(len(decisions)))
+                                  decisions.repeat_interleave(len(steps)), place, steps.repeat(len(decisions)))
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """Density of the stored x_next under the policy's kernel at the stored x."""
@@ -166,6 +174,7 @@ class MatchingExamples:
     trajectory: DenoisingTrajectory
     advantage: Float[Tensor, "N"]
     decision: Int[Tensor, "R"]
+    place: Int[Tensor, "R"]
     t: Float[Tensor, "R"]
     eps: Float[Tensor, "R *E"]
     old_log_prob: Float[Tensor, "R"]
@@ -225,7 +234,9 @@ class Matching:
         else:
             t = shifted(1 - own(torch.rand(self.draws * count, generator=generator, device=device)), self.shift)
         eps = own(standard_normal(self.draws * count, tuple(trajectory.x.shape[2:]), device).sample(generator))
-        empty = MatchingExamples(trajectory, advantage, decision, t, eps, torch.zeros_like(t), torch.zeros_like(eps))
+        place = own(torch.arange(self.draws * count, device=device))
+        empty = MatchingExamples(trajectory, advantage, decision, place, t, eps, torch.zeros_like(t),
+                                 torch.zeros_like(eps))
         with torch.no_grad():
             blocks = [self.score(policy, empty.rows(block))
                       for block in torch.arange(len(decision), device=device).split(rows)]
@@ -244,4 +255,4 @@ class Matching:
         unit = torch.ones_like(flat.alpha)
         x0_scale = convert(prediction, unit, torch.zeros_like(unit), flat)[0].abs().flatten()
         return Scored(-weight * (error**2).flatten(1).sum(1), None, convert(prediction, output, x, level),
-                      x0[0].numel(), error=error, x0_scale=x0_scale)
+                      x0.shape[1:].numel(), error=error, x0_scale=x0_scale)

@@ -24,6 +24,7 @@ class PooledExamples:
 
     drawn: MatchingExamples
     decision: Int[Tensor, "R"]
+    place: Int[Tensor, "R"]
 
     def __len__(self) -> int:
         return self.decision.shape[0]
@@ -50,8 +51,10 @@ class PooledMatching:
                  *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
                  ) -> PooledExamples:
         """The draws of the chosen decisions, scored once under the rollout policy."""
-        return PooledExamples(self.matching.examples(policy, trajectory, advantage, decisions=decisions,
-                                                     generator=generator, others=others), decisions)
+        drawn = self.matching.examples(policy, trajectory, advantage, decisions=decisions, generator=generator,
+                                       others=others)
+        place = others[0] + torch.arange(len(decisions), device=decisions.device)
+        return PooledExamples(drawn, decisions, place)
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """The mean over the draws of every row."""

@@ -28,6 +28,7 @@ class StartExamples:
     trajectory: DenoisingTrajectory
     advantage: Float[Tensor, "N"]
     decision: Int[Tensor, "R"]
+    place: Int[Tensor, "R"]
     old: Gaussian
 
     def __len__(self) -> int:
@@ -59,7 +60,8 @@ class Start:
             raise ValueError("the start likelihood needs a policy whose initial noise is learned, got a plain "
                              f"{type(policy.denoiser).__name__}; set steering, or take another algorithm")
         with torch.no_grad():
-            return StartExamples(trajectory, advantage, decisions, policy.start(trajectory.cond))
+            place = others[0] + torch.arange(len(decisions), device=decisions.device)
+            return StartExamples(trajectory, advantage, decisions, place, policy.start(trajectory.cond))
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """Density of the stored start."""

@@ -46,12 +46,11 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
             estimate, metrics = _estimate(pieces, rollout, state)
             advantage = estimate.advantage.flatten()
             decisions = _decisions(pieces, advantage)
-            before, total, after = _counts(len(decisions), state.generator)
+            before, _, after = _counts(len(decisions), state.generator)
             examples = pieces.likelihood.examples(policy, rollout.trajectory, advantage, generator=state.generator,
                                                   decisions=decisions, others=(before, after))
-        place = _places(examples.decision, len(decisions), before, total)
-        metrics |= _update_policy(penalized(pieces, state), policy, rollout, examples, place, estimate, state,
-                                  reference, demonstrations)
+        metrics |= _update_policy(penalized(pieces, state), policy, rollout, examples, estimate, state, reference,
+                                  demonstrations)
         metrics |= adapt(pieces, state, metrics)
         state.step += 1
         yield Iteration(state.step, {**rollout.stats, **metrics})
@@ -118,7 +117,7 @@ def _behavior(pieces: OnPolicy, state: TrainState) -> AbstractContextManager[Non
 
 
 def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, examples: ExampleSet,
-                   place: Tensor, estimate: Estimate, state: TrainState, reference: Denoiser | None,
+                   estimate: Estimate, state: TrainState, reference: Denoiser | None,
                    demonstrations: Batch | None) -> Metrics:
     """All optimizer steps of one rollout; the mean of their metrics."""
     plan = pieces.optimization
@@ -126,7 +125,7 @@ def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, 
     kept = rollout.valid.flatten()
     collected: list[Metrics] = []
     for _ in range(plan.epochs):
-        chunks = _minibatches(len(examples), plan.minibatches, state.generator, place)
+        chunks = _minibatches(len(examples), plan.minibatches, state.generator, examples.place)
         value_chunks = _minibatches(rollout.reward.numel(), plan.minibatches, state.generator)
         for index, decisions in zip(chunks, value_chunks, strict=True):
             losses: list[tuple[float, update.Loss]] = []
@@ -155,7 +154,7 @@ def _minibatches(rows: int, count: int, generator: torch.Generator, place: Tenso
     """`count` parts of a permutation of this process's rows.
 
     The permutation runs over the rows of all processes and every rank keeps its own, so that the ranks' parts make up
-    the parts that one process would use. place: where each row would be in one process, null rank after rank.
+    the parts that one process would use. place: where each row would be in one process; None: rank after rank.
     """
     first, total, _ = _counts(rows, generator)
     if total < count:
@@ -165,15 +164,6 @@ def _minibatches(rows: int, count: int, generator: torch.Generator, place: Tenso
     turn = torch.empty_like(order).scatter_(0, order, everything)[first + everything[:rows] if place is None else place]
     own = turn.argsort()
     return tuple(own[(turn[own] >= part[0]) & (turn[own] <= part[-1])] for part in everything.tensor_split(count))
-
-
-def _places(decision: Tensor, count: int, before: int, total: int) -> Tensor:
-    """Where the rows of `count` decisions would be if one process had all: `decision` goes through them in turn again
-    and again (the draws of matching), or repeats each (the steps of a chain)."""
-    own, parts = torch.arange(count, device=decision.device), len(decision) // max(count, 1)
-    if parts > 1 and bool(decision[0] == decision[1]):
-        return torch.arange(before * parts, (before + count) * parts, device=decision.device)
-    return (torch.arange(parts, device=decision.device)[:, None] * total + before + own).flatten()
 
 
 def _counts(rows: int, generator: torch.Generator) -> tuple[int, int, int]:
