@@ -21,7 +21,7 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.supervised import Batch
 from diffalign_robot.choices import Environment
-from diffalign_robot.cloning import demonstration_batches
+from diffalign_robot.cloning import demonstration_batches, normalized_windows
 from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -154,5 +154,4 @@ class RobotAlign:
         if not pieces.behavior_cloning:
             return None
         data = load_demonstrations(str(config_of(Path(self.base), "diffalign train")["base"]), self.environment)
-        obs, action = data.with_history(chunk_denoiser(policy).history).windows(policy.event[0])
-        return demonstration_batches(obs, chunk_denoiser(policy).action_normalizer.normalize(action), 256)
+        return demonstration_batches(*normalized_windows(policy, data), 256)

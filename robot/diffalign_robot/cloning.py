@@ -112,6 +112,13 @@ class RobotBC:
         return other.observation_normalizer, other.action_normalizer
 
 
+def normalized_windows(policy: DiffusionPolicy, data: Demonstrations) -> tuple[torch.Tensor, torch.Tensor]:
+    """(observations with the policy's history [N, h Do], the normalized chunks [N, Ta, Da] that follow them)."""
+    network = chunk_denoiser(policy)
+    obs, action = data.with_history(network.history).windows(policy.event[0])
+    return obs, network.action_normalizer.normalize(action)
+
+
 def demonstration_batches(obs: torch.Tensor, chunks: torch.Tensor, size: int) -> Batch:
     """Random batches of (normalized chunk, observation), with replacement."""
 

@@ -14,6 +14,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.search import found_weights, search_weights
 from diffalign_robot.choices import Environment
+from diffalign_robot.cloning import normalized_windows
 from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler, evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -102,10 +103,9 @@ class RobotCompose:
     def _search(self, run: Run, policies: list[DiffusionPolicy], env: VectorEnv) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
         data = load_demonstrations(self.data, self.environment)
-        obs, action = data.with_history(chunk_denoiser(policies[0]).history).windows(policies[0].event[0])
+        obs, chunk = normalized_windows(policies[0], data)
         some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
-        chunk = chunk_denoiser(policies[0]).action_normalizer.normalize(action[some])
-        predictions, eps = noise_predictions(policies, chunk, {"obs": obs[some]}, count=8, generator=generator)
+        predictions, eps = noise_predictions(policies, chunk[some], {"obs": obs[some]}, count=8, generator=generator)
         rounds = 0
 
         def play(weights: tuple[float, ...], episodes: int) -> float:
