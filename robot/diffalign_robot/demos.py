@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign_controller.functions import function_at
 from diffalign_robot.choices import Environment, MetaWorld
-from diffalign_robot.envs import Array, function_at, make
+from diffalign_robot.envs import Array, make
 
 Expert = Callable[[Array], Array]
 

@@ -5,15 +5,14 @@ No torch here: worker processes import this module.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_controller.functions import function_at
 from diffalign_robot.choices import Custom, Environment, Gymnasium, MetaWorld, Robosuite
 
 Array = NDArray[np.float32]
@@ -77,22 +76,6 @@ def _gymnasium(spec: Gymnasium | Custom) -> Any:
     if not isinstance(env, gymnasium.Env):
         raise ValueError(f"factory {spec.factory!r} must return a gymnasium.Env, got {type(env).__name__}")
     return env if spec.horizon is None else gymnasium.wrappers.TimeLimit(env, spec.horizon)
-
-
-def function_at(place: str, setting: str) -> Callable[[], Any]:
-    """The function without arguments that a setting names as module:function. Raises: ValueError if there is none."""
-    module, _, name = place.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there and lacks something itself
-        raise ValueError(f"{setting} {place!r}: no module named {error.name!r}; put its folder on PYTHONPATH"
-                         ) from None
-    function: Callable[[], Any] | None = getattr(found, name, None)
-    if not callable(function):
-        raise ValueError(f"{setting} {place!r}: {module} has no function {name!r}")
-    return function
 
 
 def choose_renderer() -> None:

@@ -43,7 +43,7 @@ def read(cls: type[T], options: Mapping[str, str], what: str) -> T:
     for name in options:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(f"{what} has no option {name!r}{hint} It has {', '.join(fields)}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in options:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 from diffalign_controller import options
+from diffalign_controller.functions import function_at
 from diffalign_controller.robot import Clock, Robot
 from diffalign_controller.twin import Twin, TwinProcess
 from diffalign_controller.twin_server import Faults
@@ -77,7 +78,7 @@ def open_robot(name: str, pairs: Mapping[str, str], manifest: Mapping[str, Any],
     if name == "dds":
         return _optional("diffalign_controller.dds", "cyclonedds", "dds").connected(pairs, rate_hz, clock)  # type: ignore[no-any-return]
     if colon and rest.isidentifier():
-        return _own(kind, rest, pairs)
+        return _own(name, pairs)
     raise ValueError(f"--robot {name!r} is unknown; it must be twin, lerobot:TYPE, dds, or module:function")
 
 
@@ -117,21 +118,12 @@ def _optional(module: str, package: str, extra: str) -> Any:
                          f"`pip install './robot/controller[{extra}]'`") from None
 
 
-def _own(module: str, function: str, pairs: Mapping[str, str]) -> Robot:
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there and lacks something itself
-        raise ValueError(f"--robot {module}:{function}: no module named {error.name!r}; put its folder on PYTHONPATH"
-                         ) from None
-    factory: Callable[[dict[str, str]], Robot] | None = getattr(found, function, None)
-    if not callable(factory):
-        raise ValueError(f"--robot {module}:{function}: the module has no function {function!r}")
+def _own(place: str, pairs: Mapping[str, str]) -> Robot:
+    factory: Callable[[dict[str, str]], Robot] = function_at(place, "--robot")
     robot = factory(dict(pairs))
     missing = [name for name in ("observe", "command", "emergency_stop_pressed")
                if not callable(getattr(robot, name, None))]
     if missing:
-        raise ValueError(f"--robot {module}:{function} returned a {type(robot).__name__} without {', '.join(missing)}; "
+        raise ValueError(f"--robot {place} returned a {type(robot).__name__} without {', '.join(missing)}; "
                          "see diffalign_controller.robot.Robot")
     return robot
