@@ -23,7 +23,7 @@ from diffalign_controller.chunks import RecedingHorizon
 from diffalign_controller.inference import Inference, InLine, Threaded
 from diffalign_controller.log import Log
 from diffalign_controller.loop import Controller, Exit, Recorder, Settings
-from diffalign_controller.policy import Policy, read_manifest
+from diffalign_controller.policy import Policy
 from diffalign_controller.robot import Clock, MonotonicClock, Observation, Robot
 from diffalign_controller.robots import Closes, Named, Notes, Reports, open_robot
 from diffalign_controller.safety import Limits, SafetyFilter
@@ -131,13 +131,13 @@ def prepared(args: argparse.Namespace, stack: ExitStack) -> Deployment:
 
     Raises: ValueError or OSError for what the user can fix. ConnectionError if the robot does not answer.
     """
-    manifest, clock = read_manifest(args.package), MonotonicClock()
+    policy, clock = Policy(args.package, seed=args.seed), MonotonicClock()
+    manifest = policy.manifest
     rate_hz = manifest["control_rate_hz"] if args.rate is None else args.rate
     if rate_hz is None:
         raise ValueError("the package does not know its control rate; give the training environment's with --rate HZ")
     if not 0 < rate_hz < math.inf:
         raise ValueError(f"--rate must be positive, got {rate_hz}")
-    policy = Policy(args.package, seed=args.seed)
     content = None if args.limits is None else limit_files.read_limits(args.limits)
     pairs = options.words(args.options)
     robot = open_robot(args.robot, pairs, manifest, rate_hz, clock)
