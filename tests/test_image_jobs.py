@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import train_until
 
 from diffalign import config
 from diffalign.algorithms import AWM, DDPO, DPO, DPPO, FlowGRPO, NoisePPO, SePPO
@@ -230,16 +231,8 @@ def test_pretraining_writes_a_complete_run_and_resumes_to_the_same_weights(base:
     assert [record["step"] for record in lines(base, "train")] == [1, 2, 3]
     assert json.loads((base / "evaluations" / "after.json").read_text())["step"] == 3
 
-    class Killed(Exception):
-        pass
-
-    def stop(step: int, metrics: object, phase: str, total: int | None) -> None:
-        if step == 3:
-            raise Killed
-
     job, path = pretraining_job(), tmp_path / "killed"
-    with pytest.raises(Killed):
-        job.train(Run.create(path, config.dump(job), resume=False, listener=stop))
+    train_until(path, job, 3)
     start(path, job, resume=True)
     finished, resumed = pipeline.load(str(base)), pipeline.load(str(path))
     for one, other in zip(finished.denoiser.parameters(), resumed.denoiser.parameters(), strict=True):
@@ -258,15 +251,7 @@ def test_alignment_moves_the_model_reports_kl_and_resumes_exactly(base: Path, tm
     assert [record["step"] for record in lines(path, "eval")] == [0, 1, 2]
     assert all(record["ratio_drift"] < 1e-2 for record in lines(path, "train"))
 
-    class Killed(Exception):
-        pass
-
-    def stop(step: int, metrics: object, phase: str, total: int | None) -> None:
-        if step == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        job.train(Run.create(tmp_path / "killed", config.dump(job), resume=False, listener=stop))
+    train_until(tmp_path / "killed", job, 2)
     resumed = start(tmp_path / "killed", job, resume=True).path
     assert lines(resumed, "train") == lines(path, "train")
     again = json.loads((resumed / "evaluations" / "after.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import train_until
 from safetensors.torch import load_file
 from test_image_finetune import GROUP, PROMPTS, loaded, result, start
 from test_image_finetune import job as longer_job
@@ -232,15 +233,7 @@ def test_multipliers_survive_a_kill(folder: Path, tmp_path: Path) -> None:
     chosen = job(folder, "sd3", 3, reward=reward)
     whole = start(tmp_path / "whole", chosen).path
 
-    class Killed(Exception):
-        pass
-
-    def stop(step: int, metrics: object, phase: str, total: int | None) -> None:
-        if step == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        start(tmp_path / "killed", chosen, listener=stop)
+    train_until(tmp_path / "killed", chosen, 2)
     resumed = start(tmp_path / "killed", chosen, resume=True).path
     assert (resumed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

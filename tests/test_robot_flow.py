@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from killing import train_until
 from test_robot_jobs import QUICK, TOY, evaluation, lines, open_run, wandering_expert
 from test_robot_networks import NETWORKS
 
@@ -133,15 +134,7 @@ def test_a_stopped_reinflow_resumes_to_the_same_weights(runs, tmp_path):
     whole = open_run(tmp_path / "whole", job)
     job.train(whole)
 
-    class Killed(Exception):
-        pass
-
-    def stop(step, metrics, phase, total):
-        if step == 3 and phase == "train":
-            raise Killed
-
-    with pytest.raises(Killed):
-        job.train(Run.create(tmp_path / "cut", config.dump(job), resume=False, listener=stop))
+    train_until(tmp_path / "cut", job, 3)
     again = open_run(tmp_path / "cut", job, resume=True)
     job.train(again)
     for name, tensor in load_policy(whole.path).denoiser.state_dict().items():

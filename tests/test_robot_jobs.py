@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import train_until
 
 from diffalign import config
 from diffalign.algorithms import AWM, DPPO, NoisePPO
@@ -107,16 +108,7 @@ def test_a_stopped_alignment_resumes_to_the_same_numbers(runs, tmp_path):
     whole = open_run(tmp_path / "whole", job)
     job.train(whole)
 
-    class Killed(Exception):
-        pass
-
-    def stop(step, metrics, phase, total):
-        if step == 5 and phase == "train":  # one iteration after the checkpoint of step 4
-            raise Killed
-
-    cut = Run.create(tmp_path / "cut", config.dump(job), resume=False, listener=stop)
-    with pytest.raises(Killed):
-        job.train(cut)
+    train_until(tmp_path / "cut", job, 5)  # one iteration after the checkpoint of step 4
     again = open_run(tmp_path / "cut", job, resume=True)
     job.train(again)
     for phase in ("train", "eval"):
