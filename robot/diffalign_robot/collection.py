@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,9 @@ class RobotCollect:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if self.expert is not None and self.policy is not None:
             raise ValueError(f"either expert or policy acts, got {self.expert} and {self.policy}")
+        if self.policy is not None and self.environment.images is not None:
+            raise ValueError("a policy cannot collect with images yet; leave environment.images out, or collect by an "
+                             "expert, which sees the state")
         if not self.action_noise >= 0:
             raise ValueError(f"action_noise must be at least 0, got {self.action_noise}")
 
@@ -52,11 +56,12 @@ class RobotCollect:
             actor = scripted_expert(self.environment, self.expert)
         else:
             actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
-        for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
-                                            noise_seed=self.seed, action_bias=self.action_bias):
-            episodes.append((obs, action, success))
-            run.log(len(episodes), {"success": float(success), "length": float(len(obs))})
-        won = sum(success for _, _, success in episodes)
-        metadata = {"environment": self.environment.__dict__, "seeds": [seeds[0], seeds[-1]], "packages": packages(),
-                    "success_rate": won / len(episodes), "interval": list(wilson(won, len(episodes)))}
+        for episode in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
+                               noise_seed=self.seed, action_bias=self.action_bias):
+            episodes.append(episode)
+            run.log(len(episodes), {"success": float(episode[2]), "length": float(len(episode[0]))})
+        won = sum(episode[2] for episode in episodes)
+        metadata = {"environment": dataclasses.asdict(self.environment), "seeds": [seeds[0], seeds[-1]],
+                    "packages": packages(), "success_rate": won / len(episodes),
+                    "interval": list(wilson(won, len(episodes)))}
         join(episodes).save(run.path, metadata)

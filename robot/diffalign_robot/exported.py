@@ -71,6 +71,9 @@ class ExportedPolicy:
         if not isinstance(base, DiffusionPolicy):
             raise ValueError(f"a policy on a {type(base).__name__} cannot be exported: it corrects single actions of a "
                              "queue that the simulator keeps; export its base run, or train with per_step: false")
+        if chunk_denoiser(self.policy).encoder is not None:
+            raise ValueError("a policy that sees images cannot be exported yet: controller packages take one vector of "
+                             "numbers; export a policy of the state (environment without images)")
         seen = chunk_denoiser(self.policy).history
         if seen > 1:
             raise ValueError(f"a policy that sees a history of {seen} observations cannot be exported: the controller "
