@@ -26,10 +26,11 @@ from diffalign_robot.cloning import batches_for
 from diffalign_robot.data import formats
 from diffalign_robot.demos import Demonstrations, collect, join
 from diffalign_robot.envs import make
+from diffalign_robot.evaluate import policy_actor
 from diffalign_robot.evaluation import Evaluation, open_env
 from diffalign_robot.exported import ExportedPolicy
 from diffalign_robot.image_choices import ConvEncoder, Images, ResNetEncoder, ViTEncoder
-from diffalign_robot.jobs import RobotAlign, RobotBC, RobotCollect, RobotCompose, RobotOffPolicy
+from diffalign_robot.jobs import RobotAlign, RobotBC, RobotCompose, RobotOffPolicy
 from diffalign_robot.runs import build_policy, load_policy
 from diffalign_robot.source import EnvSource, chunk_denoiser, shown
 from diffalign_robot.vector import ChunkVectorEnv
@@ -220,7 +221,10 @@ def test_every_camera_has_its_own_network_and_blocks_do_not_matter():
     with torch.no_grad():
         seen = encoder(image)
         torch.testing.assert_close(torch.cat([encoder(image[:10]), encoder(image[10:])]), seen, atol=1e-5, rtol=1e-5)
-        assert (encoder(image.flip(1)) - seen).abs().max() > 0.01
+        encoder.trunks[1].requires_grad_(False)[0].weight.zero_()  # the second camera's network is blind
+        blind = encoder(image)
+        assert torch.equal(encoder(torch.stack([image[:, 0], 255 - image[:, 1]], 1)), blind)
+        assert (encoder(torch.stack([255 - image[:, 0], image[:, 1]], 1)) - blind).abs().max() > 0.01
     assert seen.shape == (600, 6)
     torch.testing.assert_close(seen.mean(1), torch.zeros(600), atol=1e-5, rtol=0)
 
@@ -277,6 +281,13 @@ def test_demonstrations_hold_what_the_policy_would_have_seen(cloned):
     assert len(won.image) == len(won.obs)
     first = data.success.bool().nonzero()[0, 0]
     assert torch.equal(won.image[0], data.image[data.spans()[int(first)][0]])
+
+
+def test_a_policy_of_the_state_records_images_for_another():
+    teacher = build_policy(ChunkMLP(width=8, blocks=1), 2, 2, 2, 2)
+    (obs, action, _, image), = collect(TOY, policy_actor(teacher, seed=0), seeds=[0], action_noise=0.0, noise_seed=0)
+    assert obs.shape == (len(action), 1)
+    assert image.shape == (len(action), 1, 3, 32, 32)
 
 
 def test_cloning_shifts_images_and_a_frozen_encoder_replaces_them(cloned):
@@ -442,7 +453,7 @@ def test_off_policy_learners_get_the_features_of_the_frozen_base(cloned, tmp_pat
     (lambda: RobotBC(base="a", environment=TOY), "encoder and environment.images go together"),
     (lambda: RobotBC(base="a", environment=replace(TOY, images=None), encoder=SMALL), "go together: set both"),
     (lambda: RobotBC(base="a", environment=TOY, encoder=SMALL, normalizers_of="b"), "that are to be composed, which"),
-    (lambda: RobotCollect(environment=TOY, policy="a"), "a policy cannot collect with images yet"),
+    (lambda: policy_actor(policy_of(), seed=0), "a policy that sees images cannot collect yet"),
     (lambda: RobotCompose(parents=("a", "b"), data="c", environment=TOY), "that see images cannot be composed yet"),
     (lambda: RobotAlign(base="a", environment=replace(TOY, images=None), algorithm=DPPO(), encoder="frozen"),
      "frozen is for a policy that sees images"),

@@ -21,7 +21,8 @@ class RobotCollect:
 
     expert: a function without arguments, as module:function, that makes the controller of one episode (observation ->
     action); null is Meta-World's own. policy: the run folder of a policy to act instead (then action_noise is usually
-    0). action_bias is added to every action, one number per action feature: a controller that is out of calibration.
+    0). Either sees the whole state, also where images are recorded. action_bias is added to every action, one number
+    per action feature: a controller that is out of calibration.
     """
 
     type: Literal["robot_collect"] = "robot_collect"
@@ -38,9 +39,6 @@ class RobotCollect:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if self.expert is not None and self.policy is not None:
             raise ValueError(f"either expert or policy acts, got {self.expert} and {self.policy}")
-        if self.policy is not None and self.environment.images is not None:
-            raise ValueError("a policy cannot collect with images yet; leave environment.images out, or collect by an "
-                             "expert, which sees the state")
         if not self.action_noise >= 0:
             raise ValueError(f"action_noise must be at least 0, got {self.action_noise}")
 

@@ -150,7 +150,13 @@ def describe(policy: RobotPolicy, sampler: Sampler) -> str:
 
 
 def policy_actor(policy: DiffusionPolicy, *, seed: int) -> Callable[[], Callable[[Array], Array]]:
-    """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop."""
+    """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop.
+
+    Raises: ValueError for a policy that sees images.
+    """
+    if chunk_denoiser(policy).encoder is not None:
+        raise ValueError("a policy that sees images cannot collect yet; an expert or a policy of the state can, "
+                         "and its environment may record images")
     acting, generator = evaluation_policy(policy, "stochastic"), torch.Generator().manual_seed(seed)
     network = chunk_denoiser(acting)
     unnormalize = network.action_normalizer.unnormalize
