@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_robot_jobs import QUICK, TOY, open_run, wandering_expert
@@ -457,6 +458,9 @@ def test_a_lower_precision_is_smaller_and_says_how_far_it_is(precision, worst, r
         assert 1e-4 < report["parity"][name]["max_abs_difference"] < worst  # in units of a box of width 2
         assert report["parity"][name]["mean_abs_difference"] < worst / 10
     assert report["graph"]["bytes"] < full["graph"]["bytes"]
+    graph = onnx.load(tmp_path / "package/policy.onnx").graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read  # the weights that were replaced are gone
     chunk = runtime.Policy(tmp_path / "package", seed=1).decide(np.zeros(DO, np.float32))
     np.testing.assert_allclose(chunk, runtime.Policy(root / "package", seed=1).decide(np.zeros(DO, np.float32)),
                                atol=worst)
