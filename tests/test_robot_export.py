@@ -206,10 +206,6 @@ def test_what_no_graph_can_hold_is_refused_by_name(tmp_path) -> None:
         ExportedPolicy(small_policy(), chunking=True)
     with pytest.raises(ValueError, match="a steered policy chooses its chunk by the start"):
         ExportedPolicy(evaluation_policy(steered(small_policy()), "ode"), chunking=True)
-    looking_back = small_policy()
-    looking_back.denoiser.history = 2
-    with pytest.raises(ValueError, match="a history of 2 observations cannot be exported"):
-        ExportedPolicy(looking_back)
     examples = {"x": torch.ones(2)}
     with pytest.raises(ValueError, match="draws random numbers inside"):
         record(lambda x: x + torch.randn(2), examples)

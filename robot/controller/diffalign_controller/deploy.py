@@ -150,7 +150,8 @@ def prepared(args: argparse.Namespace, stack: ExitStack) -> Deployment:
         else limit_files.limits_of(content, policy.low, policy.high, rate_hz, names)
     of_environment = args.robot == "twin" and pairs.get("world") != "arm" and bool(manifest.get("environment"))
     settings = Settings(
-        rate_hz=rate_hz, ramp_s=args.ramp, rest=args.rest or ("zero" if of_environment else "last"),
+        rate_hz=rate_hz, history=policy.history, ramp_s=args.ramp,
+        rest=args.rest or ("zero" if of_environment else "last"),
         workspace=None if content is None else limit_files.workspace_of(content),
         watchdog=Watchdog(observation_age_s=args.max_age, unchanged_s=args.max_unchanged,
                           inference_s=args.max_inference, hold_s=args.max_hold))
@@ -179,7 +180,8 @@ def _first_observation(robot: Robot, clock: Clock, *, patience_s: float = 5.0) -
 
 
 def _require_fit(policy: Policy, seen: Observation) -> None:
-    found, wanted = (seen.values.shape, seen.position.shape), ((policy.obs_dim,), (policy.action_dim,))
+    found = seen.values.shape, seen.position.shape
+    wanted = (policy.obs_dim // policy.history,), (policy.action_dim,)
     if found != wanted:
         raise ValueError(f"the policy reads observations of shape {wanted[0]} and commands {wanted[1]}, the robot has "
                          f"{found[0]} and {found[1]}; choose the robot or the package that fits")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign_controller.chunks import Between, Scheme
+from diffalign_controller.history import History
 from diffalign_controller.inference import Inference
 from diffalign_controller.robot import Clock, Observation, Robot
 from diffalign_controller.safety import SafetyFilter
@@ -49,6 +50,7 @@ class Controller:
                              f"{settings.command_hz:.6g}; its limits are per second, so both must have the same rate")
         self.robot, self.inference, self.scheme, self.safety = robot, inference, scheme, safety
         self.log, self.clock, self.settings, self.status = log, clock, settings, status
+        self._history = History(settings.history)
         linear = settings.rest == "last" if settings.between is None else settings.between == "linear"
         self._between: Between = "linear" if linear else "hold"
         self.state, self.reason, self.timing, self.holds = State.IDLE, "", Timing(), 0
@@ -123,6 +125,7 @@ class Controller:
         seen = self.robot.observe()
         self.safety.reset(np.zeros_like(seen.position) if self.settings.rest == "zero" else seen.position)
         self._seen, self._changed_s = seen, self.clock.now_s()
+        self._history.clear()
         self._since_s = self._start_s = self._changed_s
 
     def _tick(self, tick: int) -> None:
@@ -152,12 +155,15 @@ class Controller:
     def _observe(self, now: float) -> str | None:
         """Look, and say why what was seen cannot be used."""
         seen = self.robot.observe()
-        if self._was_lost and self.settings.rest == "last":
-            self._find_again(seen)
+        if self._was_lost:
+            self._history.clear()  # what was seen before says nothing about now
+            if self.settings.rest == "last":
+                self._find_again(seen)
         self._was_lost = False
         if self._seen is None or not np.array_equal(seen.values, self._seen.values):
             self._changed_s = now
         self._seen = seen
+        self._history.add((seen.measured_s - self._start_s) * self.settings.rate_hz, seen.values)
         box = self.settings.workspace
         if box is not None and seen.tool is not None and self.state is not State.SAFE_STOP \
                 and not ((seen.tool >= box[0]) & (seen.tool <= box[1])).all():
@@ -180,7 +186,7 @@ class Controller:
             assert self._seen is not None
             seen = min(time, (self._seen.measured_s - self._start_s) * self.settings.rate_hz)
             self._asked_s = now
-            self.inference.ask(seen, np.asarray(self._seen.values, np.float32))
+            self.inference.ask(seen, self._history.stacked())
             self._take(time)
 
     def _take(self, time: float) -> None:

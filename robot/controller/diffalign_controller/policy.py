@@ -1,6 +1,7 @@
 """An exported policy, read from its package and checked before it decides anything.
 
-Legend: n chains, K denoising steps, Ta actions of a chunk, Da action features, Do observation features.
+Legend: n chains, K denoising steps, Ta actions of a chunk, Da action features, h observations of a decision, Do
+features of them all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _INPUTS = {"obs", "noise", "step_noise"}
 class Policy:
     """Decides chunks: a function of the observation and of standard normal noise that it draws from its seed.
 
-    chunk, action_dim, obs_dim: Ta, Da, Do. low, high: the action limits [Da] in robot units, +-inf where there is none.
+    chunk, action_dim, obs_dim: Ta, Da, Do. history: h; a decision reads the newest observation after the h - 1 before
+    it, one control period apart (history.History). low, high: the action limits [Da] in robot units, +-inf where there
+    is none.
     """
 
     def __init__(self, folder: Path, *, seed: int = 0) -> None:
@@ -31,7 +34,10 @@ class Policy:
         self.manifest = read_manifest(folder)
         self.shapes = {entry["name"]: tuple(entry["shape"]) for entry in self.manifest["inputs"]}
         self.chunk, self.action_dim = self.manifest["outputs"][0]["shape"][1:]
-        self.obs_dim = self.shapes["obs"][1]
+        self.obs_dim, self.history = self.shapes["obs"][1], self.manifest.get("history", 1)
+        if self.obs_dim % self.history:
+            raise ValueError(f"{folder / 'manifest.json'} says that {self.obs_dim} features are {self.history} "
+                             "observations, which they cannot be; export the run again")
         limits = self.manifest["action"]
         self.low, self.high = _limit(limits["low"], -np.inf), _limit(limits["high"], np.inf)
         options = onnxruntime.SessionOptions()
@@ -47,7 +53,7 @@ class Policy:
         self._random = np.random.default_rng(seed)
 
     def decide(self, obs: Array) -> Array:
-        """The chunk [Ta, Da] in robot units for an observation [Do]; it is not yet inside any limit.
+        """The chunk [Ta, Da] in robot units for h observations [Do]; it is not yet inside any limit.
 
         Raises: ValueError for an observation of another shape or with NaN or infinity in it.
         """
@@ -56,7 +62,7 @@ class Policy:
         return self.chunk_of(obs, noise)
 
     def chunk_of(self, obs: Array, noise: dict[str, Array]) -> Array:
-        """The chunk [Ta, Da] for an observation [Do] and given noise by input name."""
+        """The chunk [Ta, Da] for h observations [Do] and given noise by input name."""
         if obs.shape != (self.obs_dim,):
             raise ValueError(f"this policy reads observations of shape ({self.obs_dim},), got {obs.shape}")
         if not np.isfinite(obs).all():

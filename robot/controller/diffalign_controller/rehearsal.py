@@ -65,9 +65,10 @@ def rehearse(folder: Path, *, rate_hz: float | None = None, servo_hz: float | No
     rate = policy.manifest["control_rate_hz"] if rate_hz is None else rate_hz
     if rate is None:
         raise ValueError(f"{folder / 'manifest.json'} names no control rate; say it with --rate-hz")
-    settings = Settings(rate_hz=rate, servo_hz=servo_hz, rest="zero", between="spread")
+    settings = Settings(rate_hz=rate, history=policy.history, servo_hz=servo_hz, rest="zero", between="spread")
     normalizer = policy.manifest["normalizers"]["observation"]
-    robot = NumbersRobot(np.array(normalizer["shift"]), np.array(normalizer["scale"]), policy.action_dim, clock)
+    shift, scale = (np.array(normalizer[part][:policy.obs_dim // policy.history]) for part in ("shift", "scale"))
+    robot = NumbersRobot(shift, scale, policy.action_dim, clock)
     safety = SafetyFilter(_limits(policy), 1 / settings.command_hz)
     inference = InLine(policy.decide) if in_line else Threaded(policy.decide)
     with tempfile.TemporaryDirectory(prefix="diffalign_rehearsal_") as scratch:

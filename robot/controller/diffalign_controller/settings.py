@@ -36,7 +36,8 @@ class Exit(IntEnum):
 class Settings:
     """How a controller runs.
 
-    rate_hz: of the policy's actions, that of the training environment. servo_hz: of commands, None for the same.
+    rate_hz: of the policy's actions, that of the training environment. history: how many observations, one a control
+    period, the policy reads. servo_hz: of commands, None for the same.
     between: what is commanded between two actions: `linear` for places, `hold` for velocities, `spread` for changes (an
     action's change is spread evenly over the commands of its period); None is linear where a robot at rest is commanded
     `last`. delay_quantile: of the delays of the last 50 decisions, how late the next one is expected; 1 is the longest.
@@ -49,6 +50,7 @@ class Settings:
     """
 
     rate_hz: float
+    history: int = 1
     servo_hz: float | None = None
     between: Literal["linear", "hold", "spread"] | None = None
     delay_quantile: float = 1.0
