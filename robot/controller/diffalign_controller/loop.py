@@ -29,6 +29,7 @@ from diffalign_controller.timing import Timing, status_line
 
 __all__ = ["Controller", "Exit", "Recorder", "Settings", "State", "Timing"]
 Array = NDArray[np.floating]
+_STATUS_S = 0.25
 
 
 class Recorder(Protocol):
@@ -40,7 +41,7 @@ class Recorder(Protocol):
 class Controller:
     """Runs a policy on a robot; `run` returns the exit code, `state` and `reason` say where it is and why.
 
-    status: is given one line a second on how it goes, None for none.
+    status: is given a line on how it goes a few times a second, None for none; it must return at once.
     """
 
     def __init__(self, robot: Robot, inference: Inference, scheme: Scheme, safety: SafetyFilter, log: Recorder,
@@ -57,6 +58,7 @@ class Controller:
         self._exit = Exit.DONE
         self._since_s = 0.0  # when the state began
         self._asked_s: float | None = None  # when the pending decision was asked for
+        self._chunk_s: float | None = None  # when what the newest chunk was decided on was measured
         self._delay = 0.0  # expected of a decision, in control periods
         self._said = (0, 0.0)  # the ticks and the time of the last status line
         self._stop_asked = self._was_lost = self._symptom = False
@@ -106,10 +108,11 @@ class Controller:
             before = now
 
     def _tell(self, now: float) -> None:
-        """The status line, once a second."""
+        """The status line, when it is time for one."""
         ticks, seconds = self.timing.ticks - self._said[0], now - self._said[1]
-        if self.status is not None and seconds >= 1:
-            self.status(status_line(self.state.value, self.reason, self.timing, ticks, seconds))
+        if self.status is not None and seconds >= _STATUS_S:
+            age = None if self._chunk_s is None else now - self._chunk_s
+            self.status(status_line(self.state.value, self.reason, self.timing, ticks, seconds, age))
             self._said = (self.timing.ticks, now)
 
     def stop(self) -> None:
@@ -186,7 +189,7 @@ class Controller:
             assert self._seen is not None
             seen = min(time, (self._seen.measured_s - self._start_s) * self.settings.rate_hz)
             self._asked_s = now
-            self.inference.ask(seen, self._history.stacked())
+            self.inference.ask(seen, self._history.stacked(), self.scheme.plan(seen, time + self._delay))
             self._take(time)
 
     def _take(self, time: float) -> None:
@@ -203,6 +206,7 @@ class Controller:
             self._miss(f"the policy failed: {answer.error}", Exit.LATE, now)
         elif answer.chunk is not None:
             self.scheme.add(answer.time, answer.chunk, time)
+            self._chunk_s = self._start_s + answer.time / self.settings.rate_hz
 
     def _command(self, wish: Array | None, now: float, lost: str | None) -> Array:
         """What is sent: the wish through ramp and filter, or the way to rest."""
@@ -220,7 +224,7 @@ class Controller:
             else:
                 self._miss(late, Exit.LATE, now)
         elif not np.isfinite(wish).all():
-            self.scheme.clear()
+            self._forget()
             self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
         else:
             if self.state in (State.IDLE, State.HOLD):
@@ -252,7 +256,7 @@ class Controller:
         if self.state in (State.SAFE_STOP, State.FAULT):
             return
         if self.state is not State.HOLD:
-            self.scheme.clear()
+            self._forget()
             self.holds += 1
             self._enter(State.HOLD, reason, code)
             self._symptom = symptom
@@ -260,6 +264,10 @@ class Controller:
             self.reason, self._exit, self._symptom = reason, code, False
         if self.state is State.HOLD and self.settings.watchdog.expired(held_s=now - self._since_s):
             self._enter(State.SAFE_STOP, f"held for too long: {self.reason}", self._exit)
+
+    def _forget(self) -> None:
+        self.scheme.clear()
+        self._chunk_s = None
 
     def _enter(self, state: State, reason: str, code: Exit) -> None:
         self.log.write({"event": "state", "from": self.state.value, "to": state.value, "reason": reason,
