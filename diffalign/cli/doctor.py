@@ -23,6 +23,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "lerobot": ("lerobot",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "dds": ("cyclonedds",),
     "data": ("h5py", "zarr", "minari"),
     "fetch": ("gymnasium_robotics",),
     "pusht": ("gym_pusht",),

@@ -19,6 +19,7 @@ _EXTRA_OF = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "lerobot": "lerobot",
+    "cyclonedds": "dds",
     "h5py": "data",
     "zarr": "data",
     "minari": "data",
