@@ -93,13 +93,30 @@ def test_the_prompt_bandit_improves(algorithm, kernel, prediction):
     assert after > -0.5
 
 
-WINDOWS = [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4)]
+WINDOWS = [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4),
+           TrainedSteps(stop=4, size=2, move_every=3, ode_elsewhere=True)]
 
 
 @pytest.mark.parametrize("trained", WINDOWS, ids=repr)
 def test_a_window_of_trained_steps_is_enough(trained):
     algorithm = FlowGRPO(surrogate=WIDE, optimization=PLAN)
     before, after = learn(algorithm, FlowSDE(), PromptBandit(), trained=trained)
+    assert before < -1.1
+    assert after > -0.5
+
+
+class InFours(PromptBandit):
+    """The bandit in groups of four images, LOOP's K."""
+
+    def collect(self, policy, *, generator):
+        rollout = super().collect(policy, generator=generator)
+        return replace(rollout, group=torch.arange(len(rollout.group)) // 4)
+
+
+def test_loop_learns_from_groups_of_four():
+    """LOOP (arXiv 2503.00897): DDPO's steps and clip, each return against the mean of the other three."""
+    algorithm = DDPO(surrogate=WIDE, optimization=PLAN, advantage=LeaveOneOut())
+    before, after = learn(algorithm, DDIM(), InFours(), prediction="eps")
     assert before < -1.1
     assert after > -0.5
 
