@@ -160,9 +160,9 @@ class ImageFinetune:
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Grids for the same prompts and noise: the base, where there is one to compare with, and the model."""
         model, prompts = self._restored(run), self._evaluation_prompts()
-        before = [] if model.references is None else [
-            model.grid(prompts, out, "before", seed=seed, count=count, base=True)]
-        return [*before, model.grid(prompts, out, "after", seed=seed, count=count)]
+        before = [] if model.references is None else model.grid(prompts, out, "before", seed=seed, count=count,
+                                                                base=True)
+        return [*before, *model.grid(prompts, out, "after", seed=seed, count=count)]
 
     def _pieces(self) -> OnPolicy:
         return replace(self.algorithm.compose(), reference_target=self.guard.kl_target)
