@@ -20,7 +20,7 @@ from diffalign.spec import spec
 from diffalign.train.supervised import Pretraining
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "accelerate")
 ALGORITHMS = members(Algorithm) | members(OffPolicyAlgorithm) | members(PreferenceAlgorithm)
 ROOTS = [*ALGORITHMS.values(), Schedule, TrainedSteps, Pretraining,
          *(option for union in choices.UNIONS.values() for option in members(union).values())]
