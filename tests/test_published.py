@@ -177,10 +177,10 @@ def test_nft(case):
     agree(torch.autograd.grad(total, output)[0], case["gradient"])
 
 
-WEIGHTS = {"Uniform": "one", "t": "t", "t**2": "t2"}
+WEIGHTS = {"Uniform": "one", "t": "t", "t**2": "t2", "huber": "huber", "ghuber": "ghuber"}
 
 
-@pytest.mark.parametrize("case", [case for case in cases("awm") if case.values[0]["weighting"] in WEIGHTS])
+@pytest.mark.parametrize("case", cases("awm"))
 def test_awm(case):
     output = case["new_output"].clone().requires_grad_()
     weight = WEIGHTS[case["weighting"]]
