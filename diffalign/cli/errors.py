@@ -11,6 +11,8 @@ _EXTRA_OF = {
     "PIL": "image",
     "peft": "image",
     "accelerate": "image",
+    "open_clip": "rewards",
+    "rapidocr": "rewards",
     "gymnasium": "robot",
     "mujoco": "robot",
     "metaworld": "robot",

@@ -87,6 +87,10 @@ class DiffusionPolicy:
             return self.denoiser.start(cond)
         return standard_normal(num_rows(cond), self.event, next(iter(cond.values())).device)
 
+    def during(self, update: int) -> DiffusionPolicy:
+        """The policy with the trained steps that the update of this number (0 = first) has."""
+        return replace(self, trained=self.trained.at(update, self.schedule.steps))
+
     def window(self, generator: torch.Generator) -> Tensor:
         """A draw of the trained denoising steps [K], for all decisions of one rollout."""
         return self.trained.draw(self.schedule.steps, generator)
