@@ -136,8 +136,9 @@ def test_the_checkpoint_knows_its_history(cloned):
     policy = load_policy(cloned / "bc")
     network = chunk_denoiser(policy)
     assert (network.history, len(network.observation_normalizer.shift)) == (3, 6)
-    mean = Demonstrations.load(cloned / "demos").obs.mean(0)
-    torch.testing.assert_close(network.observation_normalizer.shift, mean.repeat(3))
+    obs = Demonstrations.load(cloned / "demos").obs
+    torch.testing.assert_close(network.observation_normalizer.shift, obs.mean(0).repeat(3))
+    torch.testing.assert_close(network.observation_normalizer.scale, obs.std(0, correction=0).repeat(3))
     env = open_env(TOY, policy, 2, 1)
     assert env.obs_dim == 6
     env.close()
