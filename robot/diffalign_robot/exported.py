@@ -75,6 +75,9 @@ class ExportedPolicy:
         if seen > 1:
             raise ValueError(f"a policy that sees a history of {seen} observations cannot be exported: the controller "
                              "gives the newest one; export a run with history: 1")
+        if base.executed is not None:
+            raise ValueError(f"a policy that executes a part of what it denoises, {base.executed}, cannot be exported "
+                             "to a controller; write it back as it came, --to FORMAT:DIR")
         if isinstance(self.policy, ImprovedPolicy):
             operator = self.policy.operator
             if not isinstance(operator, OnActions | OnNoise):
