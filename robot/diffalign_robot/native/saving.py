@@ -56,8 +56,8 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
         found = module.difference(policy, partial, obs)
         allowed = TOLERANCE * float(policy.denoiser.action_normalizer.scale.max())
         if not found <= allowed:
-            raise ValueError(f"{name}'s own actions from the written policy differ by {found:.3g}, at most {allowed:.3g} "
-                             "is allowed; nothing was written. Please report this as a defect")
+            raise ValueError(f"{name}'s own actions from the written policy differ by {found:.3g}, "
+                             f"at most {allowed:.3g} is allowed; nothing was written. Please report this as a defect")
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
