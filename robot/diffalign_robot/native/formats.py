@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign_robot.native import lerobot
+from diffalign_robot.native import dppo, lerobot
 
-FORMATS: dict[str, ModuleType] = {"lerobot": lerobot}
+FORMATS: dict[str, ModuleType] = {"lerobot": lerobot, "dppo": dppo}
 
 
 def place(text: str) -> tuple[str, Path] | None:
