@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from lerobot.configs.types import FeatureType
+from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import dataset_to_policy_features
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
@@ -38,9 +38,11 @@ def main() -> None:
     meta = LeRobotDataset(f"local/{args.data.name}", root=args.data).meta
     features = dataset_to_policy_features(meta.features)
     config = DiffusionConfig(
-        n_obs_steps=2, horizon=8, n_action_steps=4, down_dims=(32, 64), diffusion_step_embed_dim=32, device="cpu",
+        n_obs_steps=2, horizon=8, n_action_steps=6, down_dims=(32, 64), diffusion_step_embed_dim=32, device="cpu",
         num_inference_steps=10, optimizer_lr=1e-3, input_features={key: features[key] for key in SEEN},
-        output_features={key: one for key, one in features.items() if one.type is FeatureType.ACTION})
+        output_features={key: one for key, one in features.items() if one.type is FeatureType.ACTION},
+        # by default the environment's state is not normalized, and a policy hardly sees centimetres
+        normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX))
     policy = DiffusionPolicy(config)
     before, after = make_pre_post_processors(config, dataset_stats=meta.stats)
     data = loaded(args.data, config, meta.fps)
