@@ -128,8 +128,8 @@ def lerobot():
     return module
 
 
-STATISTICS = {"observation.state": {"min": [-1.0, 2.0, 5.0], "max": [3.0, 2.5, 5.0], "mean": [0.5, 2.2, 5.0],
-                                    "std": [1.5, 0.1, 0.0]},
+STATISTICS = {"observation.state": {"min": [-1.0, 0.6, 5.0], "max": [3.0, 0.60003, 5.0], "mean": [0.5, 0.60002, 5.0],
+                                    "std": [1.5, 1e-5, 0.0]},
               "observation.environment_state": {"min": [-1.0, 0.0], "max": [2.0, 8.0], "mean": [0.1, 3.0],
                                                 "std": [1.0, 2.0]},
               "action": {"min": [-2.0, 0.0], "max": [1.0, 0.5], "mean": [-0.3, 0.2], "std": [0.7, 0.1]}}
@@ -161,6 +161,7 @@ def saved(folder, *, modes="MIN_MAX", world=2, state=3, **options):
 
 def observations(rows, history=2, constant=True):
     obs = torch.randn(rows, history, 5)
+    obs[:, :, 1] = 0.6 + 3e-5 * torch.rand(rows, history)  # a narrow range far from 0
     if constant:
         obs[:, :, 2] = 5.0
     return obs.flatten(1)

@@ -31,16 +31,23 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0"}
 
 
 class TableUNet(nn.Module):
-    """(chunk, t, normalized observations) -> chunk by a U-Net that is told the entry of its noise table, from 0."""
+    """(chunk, t, normalized observations) -> chunk by a U-Net that is told the entry of its noise table, from 0.
 
-    def __init__(self, unet: nn.Module, path: VPPath) -> None:
+    offset: what is taken from the normalized observations, 1 where they come as 0 to 2. (The middle of a narrow range
+    far from 0, rounded to float32, is off by a good part of the range; its lower end is not.)
+    """
+
+    offset: Tensor
+
+    def __init__(self, unet: nn.Module, path: VPPath, offset: Float[Tensor, "nDo"]) -> None:
         super().__init__()
         self.unet, self.path = unet, path
+        self.register_buffer("offset", offset)
 
     def forward(self, x: Float[Tensor, "N Ta Da"], t: Float[Tensor, "N"], obs: Float[Tensor, "N Do"]
                 ) -> Float[Tensor, "N Ta Da"]:
         """The prediction; times below the first entry (the table has none for clean data) count as that."""
-        output: Tensor = self.unet(x, (self.path.index(t) - 1).clamp(min=0), global_cond=obs)
+        output: Tensor = self.unet(x, (self.path.index(t) - 1).clamp(min=0), global_cond=obs - self.offset)
         return output
 
 
@@ -135,10 +142,12 @@ def read(folder: Path, denoising_steps: int | None = None) -> DiffusionPolicy:
     path = VPPath(betas=config.beta_schedule, train_steps=config.num_train_timesteps, beta_start=config.beta_start,
                   beta_end=config.beta_end)
     norms, before, after = _mended(native), _step(native.before, "Normalizer"), _step(native.after, "Unnormalizer")
-    each = [_normalizer(norms, before, key, config.input_features[key]) for key in native.observed]
-    observations = _joined(each * config.n_obs_steps)
-    actions = _normalizer(_statistics(after), after, _ACTION, config.action_feature)
-    net = TableUNet(native.policy.diffusion.unet, path)
+    each = [_affine(norms, before, key, config.input_features[key]) for key in native.observed]
+    low, scale, offset = (torch.cat(parts * config.n_obs_steps) for parts in map(list, zip(*each, strict=True)))
+    observations = _normalizer(low, scale)
+    low, scale, offset_of_actions = _affine(_statistics(after), after, _ACTION, config.action_feature)
+    actions = _normalizer(low + offset_of_actions * scale, scale)
+    net = TableUNet(native.policy.diffusion.unet, path, offset)
     # lerobot concatenates [state, environment] of one observation, then the next one's: as our histories are
     denoiser = ChunkDenoiser(net, config.horizon, observations, actions, history=config.n_obs_steps,
                              prediction=_PREDICTIONS[config.prediction_type])
@@ -230,26 +239,26 @@ def _mended(native: Native) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _normalizer(statistics: Mapping[str, Mapping[str, Tensor]], step: Any, key: str, feature: Any) -> Normalizer:
-    """What a processing step does to one feature, IDENTITY where it has no statistics of it."""
-    normalizer, mode = Normalizer(feature.shape[0]), step.norm_map.get(feature.type)
-    name, stats = "IDENTITY" if mode is None else mode.name, statistics.get(key)
-    if name == "IDENTITY" or stats is None:
-        return normalizer
-    if name == "MEAN_STD":
-        normalizer.shift.copy_(stats["mean"])
+def _affine(statistics: Mapping[str, Mapping[str, Tensor]], step: Any, key: str, feature: Any
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """(low, scale, offset) of x -> (x - low) / scale - offset: what a processing step does to one feature.
+
+    IDENTITY where it has no statistics of it.
+    """
+    mode, stats = step.norm_map.get(feature.type), statistics.get(key)
+    zero, one = torch.zeros(feature.shape), torch.ones(feature.shape)
+    if mode is None or mode.name == "IDENTITY" or stats is None:
+        return zero, one, zero
+    if mode.name == "MEAN_STD":
         inverse = type(step).__name__ == "UnnormalizerProcessorStep"  # which multiplies by std and no more
-        normalizer.scale.copy_(torch.where(stats["std"] == 0, step.eps, stats["std"] + (0 if inverse else step.eps)))
-        return normalizer
-    low, high = (stats[which] for which in _RANGES[name])
-    span = torch.where(high == low, step.eps, high - low)
-    normalizer.shift.copy_(low + span / 2)
-    normalizer.scale.copy_(span / 2)
-    return normalizer
+        scale = torch.where(stats["std"] == 0, step.eps, stats["std"] + (0 if inverse else step.eps))
+        return stats["mean"], scale, zero
+    low, high = (stats[which] for which in _RANGES[mode.name])
+    return low, torch.where(high == low, step.eps, high - low) / 2, one
 
 
-def _joined(parts: list[Normalizer]) -> Normalizer:
-    whole = Normalizer(sum(len(part.shift) for part in parts))
-    whole.shift.copy_(torch.cat([part.shift for part in parts]))
-    whole.scale.copy_(torch.cat([part.scale for part in parts]))
+def _normalizer(shift: Tensor, scale: Tensor) -> Normalizer:
+    whole = Normalizer(len(shift))
+    whole.shift.copy_(shift)
+    whole.scale.copy_(scale)
     return whole

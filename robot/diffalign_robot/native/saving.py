@@ -50,7 +50,7 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
     partial.parent.mkdir(parents=True, exist_ok=True)
     module, normalizer = formats.FORMATS[name], policy.denoiser.observation_normalizer
     generator = torch.Generator().manual_seed(0)
-    obs = normalizer.unnormalize(torch.rand(256, len(normalizer.shift), generator=generator) * 2 - 1)
+    obs = normalizer.unnormalize(torch.rand(256, len(normalizer.shift), generator=generator) * 2)
     try:
         module.write(policy, formats.kept(imported), partial)
         found = module.difference(policy, partial, obs)
