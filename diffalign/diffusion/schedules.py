@@ -80,12 +80,15 @@ class Schedule:
     grid: times lie on i / grid, rounded towards noise, as a model distilled at these times alone wants (LCM: 50).
     terminal: the last time before 0; the times of the shifted grid are stretched linearly to it (diffusers'
     `shift_terminal`; Qwen-Image 0.02, LTX-Video 0.1).
+    leading: entries of a VP table of which every (leading // steps)-th is taken, from the least noisy one: diffusers'
+    `leading` spacing, that of LeRobot's and Diffusion Policy's policies. The chain then starts below t = 1.
     """
 
     steps: int
     shift: float = 1.0
     grid: int | None = None
     terminal: float | None = None
+    leading: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -97,9 +100,16 @@ class Schedule:
         if self.terminal is not None and not (0 < self.terminal < 1 and self.steps > 1):
             raise ValueError(f"terminal must lie between 0 and 1 and needs 2 steps or more, got {self.terminal} and "
                              f"{self.steps} steps")
+        if self.leading is not None and (self.leading < self.steps or (self.shift, self.grid, self.terminal)
+                                         != (1.0, None, None)):
+            raise ValueError(f"leading must be at least the {self.steps} steps and comes without shift, grid and "
+                             f"terminal, got {self}")
 
     def times(self) -> Tensor:
-        """Grid [K+1] from 1 to 0, float32; on a VP path this is diffusers' `trailing` spacing."""
+        """Grid [K+1] from 1 (`leading`: from below it) to 0, float32; on a VP path diffusers' `trailing` spacing."""
+        if self.leading is not None:
+            entries = torch.arange(self.steps).flip(0) * (self.leading // self.steps) + 1
+            return torch.cat([entries.double() / self.leading, torch.zeros(1)]).float()
         t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
         if self.grid is not None:
             t = 1 - torch.arange(self.steps + 1) * self.grid // self.steps / self.grid

@@ -153,5 +153,9 @@ class RobotAlign:
     def _demonstrations(self, pieces: OnPolicy, policy: DiffusionPolicy) -> Batch | None:
         if not pieces.behavior_cloning:
             return None
-        data = load_demonstrations(str(config_of(Path(self.base), "diffalign train")["base"]), self.environment)
+        source = config_of(Path(self.base), "diffalign train")["base"]
+        if source is None:
+            raise ValueError(f"a term of behaviour cloning needs demonstrations, and {self.base} names none; import "
+                             "it again with base: the run folder or data set of its demonstrations")
+        data = load_demonstrations(str(source), self.environment)
         return demonstration_batches(*normalized_windows(policy, data), 256)

@@ -113,9 +113,13 @@ class RobotBC:
 
 
 def normalized_windows(policy: DiffusionPolicy, data: Demonstrations) -> tuple[torch.Tensor, torch.Tensor]:
-    """(observations with the policy's history [N, h Do], the normalized chunks [N, Ta, Da] that follow them)."""
+    """(observations with the policy's history [N, h Do], the normalized chunks [N, Ta, Da] that follow them).
+
+    A policy that executes a part of its event denoises the actions just before the observation too.
+    """
     network = chunk_denoiser(policy)
-    obs, action = data.with_history(network.history).windows(policy.event[0])
+    lead = 0 if policy.executed is None else policy.executed[0]
+    obs, action = data.with_history(network.history).windows(policy.event[0], lead)
     return obs, network.action_normalizer.normalize(action)
 
 

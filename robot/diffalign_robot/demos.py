@@ -77,17 +77,18 @@ class Demonstrations:
         return Demonstrations(self.obs[steps], self.action[steps], self.lengths[kept], self.success[kept],
                               None if self.intervention is None else self.intervention[steps])
 
-    def windows(self, chunk: int) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
+    def windows(self, chunk: int, lead: int = 0) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
         """Every (observation, the chunk of actions that followed it) that lies inside one episode.
 
-        The last chunk - 1 observations of an episode start no window: nothing is padded past its end.
+        lead: how many actions of the chunk came before the observation (of the policies of others that denoise them
+        too). Nothing is padded at the ends of an episode: the last chunk - lead - 1 observations have no window.
 
         Raises: ValueError if no episode is as long as a chunk.
         """
         starts = torch.cat([torch.arange(start, max(start, end - chunk + 1)) for start, end in self.spans()])
         if len(starts) == 0:
             raise ValueError(f"no demonstration is as long as a chunk of {chunk} (longest: {int(self.lengths.max())})")
-        return self.obs[starts], self.action[starts[:, None] + torch.arange(chunk)]
+        return self.obs[starts + lead], self.action[starts[:, None] + torch.arange(chunk)]
 
 
 def scripted_expert(spec: Environment, place: str | None = None) -> Callable[[], Expert]:

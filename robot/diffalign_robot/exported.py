@@ -71,6 +71,9 @@ class ExportedPolicy:
         if not isinstance(base, DiffusionPolicy):
             raise ValueError(f"a policy on a {type(base).__name__} cannot be exported: it corrects single actions of a "
                              "queue that the simulator keeps; export its base run, or train with per_step: false")
+        if base.executed is not None:
+            raise ValueError(f"a policy that executes a part of what it denoises, {base.executed}, cannot be exported "
+                             "to a controller; write it back as it came, --to FORMAT:DIR")
         if isinstance(self.policy, ImprovedPolicy):
             operator = self.policy.operator
             if not isinstance(operator, OnActions | OnNoise):

@@ -21,18 +21,18 @@ class ChunkDenoiser(nn.Module):
     """Predicts eps, x0, v or flow of a normalized chunk from (chunk, time, observation).
 
     Both normalizers are buffers of this module, so that a checkpoint is complete: observations are normalized inside
-    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. history: how many observations
-    of the simulator an observation of the policy consists of.
+    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. net: (chunk, t, normalized
+    observation) -> chunk. history: how many observations of the simulator an observation of the policy consists of.
     """
 
-    def __init__(self, spec: Network, chunk: int, observations: Normalizer, actions: Normalizer, *,
+    def __init__(self, net: nn.Module, chunk: int, observations: Normalizer, actions: Normalizer, *,
                  prediction: Prediction = "eps", history: int = 1) -> None:
         super().__init__()
         self.observation_normalizer, self.action_normalizer = observations, actions
         self.event = (chunk, len(actions.shift))
         self.prediction: Prediction = prediction
         self.history = history
-        self.net = build_network(spec, self.event, len(observations.shift))
+        self.net = net
 
     def forward(self, x: Float[Tensor, "N Ta Da"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N Ta Da"]:
         """The prediction at path time t."""
