@@ -58,6 +58,29 @@ def make_goal_point():
     return GoalPoint(PointRobot())
 
 
+class ShownPoint(PointRobot):
+    """The point that can be seen: render() is 32 x 32, with a white square of 4 pixels where it is in [-1, 1]."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
+
+    def __init__(self, gain: float = 1.0, render_mode: str | None = None) -> None:
+        super().__init__(gain)
+        self.render_mode, self.renders = render_mode, 0
+
+    def render(self):
+        self.renders += 1
+        picture = np.zeros((32, 32, 3), np.uint8)
+        x, y = np.clip(np.round(14 + 14 * self.position), 0, 28).astype(int)
+        picture[y : y + 4, x : x + 4] = 255
+        return picture
+
+
+def make_blind_point():
+    """A factory of a point that nobody can see, as `toy_env:make_blind_point`."""
+    return PointRobot()
+
+
 gymnasium.register("ToyPoint-v0", entry_point=PointRobot, max_episode_steps=50, kwargs={"gain": 1.0})
 gymnasium.register("ToySlowPoint-v0", entry_point=PointRobot, max_episode_steps=16, kwargs={"gain": 0.25})
 gymnasium.register("ToyGoalPoint-v0", entry_point=make_goal_point, max_episode_steps=50)
+gymnasium.register("ToyShownPoint-v0", entry_point=ShownPoint, max_episode_steps=16, kwargs={"gain": 0.25})

@@ -29,6 +29,7 @@ EXTRAS = {
     "fetch": ("gymnasium_robotics",),
     "pusht": ("gym_pusht",),
     "robosuite": ("robosuite",),
+    "vision": ("torchvision",),
 }
 _PACKAGES = (
     "torch",

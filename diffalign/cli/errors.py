@@ -28,6 +28,7 @@ _EXTRA_OF = {
     "gymnasium_robotics": "fetch",
     "gym_pusht": "pusht",
     "robosuite": "robosuite",
+    "torchvision": "vision",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

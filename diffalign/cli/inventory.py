@@ -19,6 +19,7 @@ _OF_ADAPTERS = {
     "rewards": ("diffalign_image.rewards", "TrainingReward"),
     "environments": ("diffalign_robot.choices", "Environment"),
     "policies": ("diffalign_robot.choices", "Network"),
+    "encoders": ("diffalign_robot.image_choices", "Encoder"),
 }
 
 

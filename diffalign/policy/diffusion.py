@@ -17,7 +17,7 @@ from diffalign.diffusion.paths import FlowPath, Path, convert
 from diffalign.diffusion.schedules import Schedule, TrainedSteps
 from diffalign.diffusion.trajectories import Cond, DenoisingTrajectory
 from diffalign.policy.injection import Injects
-from diffalign.policy.protocols import Decision, Denoiser, num_rows
+from diffalign.policy.protocols import Decision, Denoiser, encoded, num_rows
 from diffalign.policy.steering import Steers
 
 
@@ -75,7 +75,7 @@ class DiffusionPolicy:
         """p(x_next | x) of the policy's kernel for a prediction made at (x, t); std from the denoiser if it injects."""
         step = self.kernel.moments(x, x0, eps, self.path.level(t, x.ndim - 1), self.path.level(t_next, x.ndim - 1))
         if isinstance(self.kernel, NoisyODE) and isinstance(self.denoiser, Injects):
-            return Gaussian(step.mean, self.kernel.between(self.denoiser.noise_share(t, cond)))
+            return Gaussian(step.mean, self.kernel.between(self.denoiser.noise_share(t, self.encoded(cond))))
         return step
 
     def leverage(self, t: Float[Tensor, "M"], t_next: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
@@ -92,12 +92,16 @@ class DiffusionPolicy:
     def start(self, cond: Cond) -> Gaussian:
         """Where the chain starts: N(0, I), or what a steered denoiser learned."""
         if isinstance(self.denoiser, Steers):
-            return self.denoiser.start(cond)
+            return self.denoiser.start(self.encoded(cond))
         return standard_normal(num_rows(cond), self.event, next(iter(cond.values())).device)
 
     def during(self, update: int) -> DiffusionPolicy:
         """The policy with the trained steps that the update of this number (0 = first) has."""
         return replace(self, trained=self.trained.at(update, self.schedule.steps))
+
+    def encoded(self, cond: Cond) -> Cond:
+        """The condition as the denoiser encodes it; give it to `predict` and `step` to encode only once."""
+        return encoded(self.denoiser, cond)
 
     def window(self, generator: torch.Generator) -> Tensor:
         """A draw of the trained denoising steps [K], for all decisions of one rollout."""
@@ -107,7 +111,7 @@ class DiffusionPolicy:
     def act(self, cond: Cond, *, generator: torch.Generator, trained: Tensor | None = None,
             noise: Float[Tensor, "N *E"] | None = None, step_noise: Float[Tensor, "N K *E"] | None = None
             ) -> Decision:
-        """Run the chain for every row of cond and keep what the transition likelihood needs.
+        """Run the chain for every row of cond and keep what the transition likelihood needs; cond is encoded once.
 
         `trained` [K] overrides the schedule's own draw, so that all decisions of one rollout share a window; `noise`
         overrides the draw of the chain's start, `step_noise` the standard normal draws of the steps (those of
@@ -120,7 +124,8 @@ class DiffusionPolicy:
         times = self.schedule.times().to(device)
         window = self.window(generator) if trained is None else trained
         trained = window.clone()
-        start = self.start(cond)
+        seen = self.encoded(cond)
+        start = self.start(seen)
         if noise is None:
             noise = start.mean if self.zero_noise else start.sample(generator)
         elif noise.shape != start.mean.shape:
@@ -132,9 +137,9 @@ class DiffusionPolicy:
         xs, means, stds, log_probs = [x], [], [], []
         for k in range(self.schedule.steps):
             t, t_next = times[k].expand(rows), times[k + 1].expand(rows)
-            x0, eps = self.predict(x, t, cond)
+            x0, eps = self.predict(x, t, seen)
             sampler = silent if self.trained.ode_elsewhere and not bool(window[k]) else self
-            step = sampler.step(x, t, t_next, x0, eps, cond)
+            step = sampler.step(x, t, t_next, x0, eps, seen)
             noisy = bool((step.std > 0).all())
             if noisy:
                 x = step.sample(generator) if step_noise is None else step.mean + step.std * step_noise[:, k]

@@ -19,7 +19,7 @@ from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
-from diffalign.policy.protocols import Denoiser
+from diffalign.policy.protocols import Denoiser, encoded
 
 _TIMES = 4
 
@@ -67,6 +67,10 @@ class NoisyDenoiser(nn.Module):
         self.denoiser, self.noise = denoiser, noise
         self.prediction: Prediction = denoiser.prediction
         self.register_buffer("reach", torch.ones(()))
+
+    def encode(self, cond: Cond) -> Cond:
+        """The condition as the denoiser encodes it."""
+        return encoded(self.denoiser, cond)
 
     def noise_share(self, t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]:
         """Where between the kernel's min_std and max_std the noise of a step from time t lies."""

@@ -50,6 +50,13 @@ class Normalizer(nn.Module):
         normalizer.scale.copy_(torch.where(constant, torch.ones_like(scale), scale))
         return normalizer
 
+    def extended(self, count: int) -> Normalizer:
+        """The same for features with `count` more after them, which are left as they are."""
+        longer = Normalizer(len(self.shift) + count)
+        longer.shift[: len(self.shift)] = self.shift
+        longer.scale[: len(self.scale)] = self.scale
+        return longer
+
     def normalize(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(x - shift) / scale."""
         return (x - self.shift) / self.scale

@@ -29,6 +29,15 @@ class Denoiser(Protocol):
     def __call__(self, x: Float[Tensor, "N *E"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]: ...
 
 
+@runtime_checkable
+class Encodes(Protocol):
+    """A denoiser that first turns its condition into another one, e.g. images into features."""
+
+    def encode(self, cond: Cond) -> Cond:
+        """The condition of all steps of a chain; one that is encoded already is returned as it is."""
+        ...
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a policy decided for N rows: the action (image, latent or action chunk) and how it was denoised.
@@ -75,6 +84,11 @@ def num_rows(cond: Cond) -> int:
     if len(set(sizes.values())) != 1:
         raise ValueError(f"conditioning leaves must share their first axis, got {sizes}")
     return next(iter(sizes.values()))
+
+
+def encoded(denoiser: Denoiser, cond: Cond) -> Cond:
+    """The condition as the denoiser's steps need it: encoded where it encodes."""
+    return denoiser.encode(cond) if isinstance(denoiser, Encodes) else cond
 
 
 def select_rows(cond: Cond, index: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.mlp import zero_headed
 from diffalign.policy.normalize import Normalizer
-from diffalign.policy.protocols import Denoiser
+from diffalign.policy.protocols import Denoiser, encoded
 
 
 @runtime_checkable
@@ -60,6 +60,10 @@ class SteeredDenoiser(nn.Module):
         self.denoiser = denoiser.requires_grad_(False)
         self.noise = noise
         self.prediction: Prediction = denoiser.prediction
+
+    def encode(self, cond: Cond) -> Cond:
+        """The condition as the denoiser encodes it."""
+        return encoded(self.denoiser, cond)
 
     def start(self, cond: Cond) -> Gaussian:
         """The distribution of the chain's start for every row."""

@@ -161,9 +161,9 @@ class Transition:
 
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """Density of the stored x_next under the policy's kernel at the stored x."""
-        data = rows.data
-        x0, eps = policy.predict(data["x"], data["t"], rows.cond)
-        gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps, rows.cond)
+        data, cond = rows.data, policy.encoded(rows.cond)
+        x0, eps = policy.predict(data["x"], data["t"], cond)
+        gaussian = policy.step(data["x"], data["t"], data["t_next"], x0, eps, cond)
         leverage = policy.leverage(data["t"], data["t_next"])
         return Scored(gaussian.log_prob(data["x_next"]), gaussian, (x0, eps), gaussian.dims, leverage)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,13 +23,14 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.supervised import Batch
 from diffalign_robot.choices import Environment
-from diffalign_robot.cloning import demonstration_batches, normalized_windows
+from diffalign_robot.cloning import batches_for
 from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import add_noise, config_of, load_policy, steer
 from diffalign_robot.source import EnvSource, chunk_denoiser
 from diffalign_robot.vector import VectorEnv
+from diffalign_robot.vision import VisionValue
 
 
 @spec
@@ -44,7 +47,8 @@ class RobotAlign:
 
     steering: hidden widths of a network that chooses the initial noise of the frozen base, for noise_ppo; null trains
     the base itself. noise: hidden widths of a network that learns how much noise the noisy_ode kernel injects, for
-    reinflow. group: environments that start from the same seed, for advantages against a group.
+    reinflow. group: environments that start from the same seed, for advantages against a group. encoder: of a base
+    that sees images, trained with the rest, or frozen: then rollouts hold its features and not the images.
     """
 
     type: Literal["robot_align"] = "robot_align"
@@ -60,6 +64,7 @@ class RobotAlign:
     steering: tuple[int, ...] | None = None
     noise: tuple[int, ...] | None = None
     group: int = 1
+    encoder: Literal["trained", "frozen"] = "trained"
     evaluation: Evaluation = Evaluation()
     save_every: int = 5
     seed: int = 0
@@ -74,6 +79,8 @@ class RobotAlign:
         if self.noise is not None and (self.steering is not None or not isinstance(self.exploration.kernel, NoisyODE)):
             raise ValueError("a learned noise needs the noisy_ode kernel and no steering, got "
                              f"{self.exploration.kernel} and steering={self.steering}")
+        if self.encoder == "frozen" and self.environment.images is None:
+            raise ValueError("encoder: frozen is for a policy that sees images, but environment.images is not set")
         if isinstance(self.algorithm, ReinFlow) and self.noise is None:
             raise ValueError("reinflow learns the noise of its steps: set noise to the hidden widths of its network, "
                              "e.g. [64, 64], and exploration.kernel to noisy_ode")
@@ -92,9 +99,11 @@ class RobotAlign:
                         demonstrations=self._demonstrations(pieces, policy))
         while state.step < self.iterations:
             self._narrow(policy, state)
+            start = time.perf_counter()
             iteration = next(loop)
+            updating = time.perf_counter() - start - iteration.metrics["time/rollout"]
             total = state.count("env_steps", iteration.metrics["env_steps"])
-            run.log(iteration.step, {**iteration.metrics, "env_steps_total": total})
+            run.log(iteration.step, {**iteration.metrics, "time/update": updating, "env_steps_total": total})
             self._evaluate_if_due(run, policy, env, state)
             if iteration.step % self.save_every == 0 or iteration.step == self.iterations:
                 run.save(state)
@@ -132,12 +141,14 @@ class RobotAlign:
     def _build(self) -> tuple[DiffusionPolicy, OnPolicy, TrainState]:
         pieces = self.algorithm.compose()
         policy = replace(load_policy(Path(self.base)), kernel=self.exploration.kernel, trained=self.exploration.trained)
+        network = chunk_denoiser(policy)
+        if self.encoder == "frozen" and network.encoder is not None:
+            network.encoder.requires_grad_(False)
         if self.steering is not None:
             policy = steer(policy, self.steering, seed=self.seed)
         if self.noise is not None:
             policy = add_noise(policy, self.noise, seed=self.seed)
-        network, trained = chunk_denoiser(policy), cast(torch.nn.Module, policy.denoiser)
-        modules: dict[str, torch.nn.Module] = {"policy": trained}
+        modules: dict[str, torch.nn.Module] = {"policy": cast(torch.nn.Module, policy.denoiser)}
         plan = pieces.optimization
         rates = {"policy": plan.learning_rate}
         if pieces.needs_critic:
@@ -145,7 +156,9 @@ class RobotAlign:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 features = len(network.observation_normalizer.shift)
-                modules["critic"] = ValueNet(features, self.critic_hidden, normalizer=network.observation_normalizer)
+                value = ValueNet(features, self.critic_hidden, normalizer=network.observation_normalizer)
+            own = None if network.frozen_encoder else copy.deepcopy(network.encoder)
+            modules["critic"] = value if own is None else VisionValue(own, value)
         state = TrainState.create(modules, rates, weight_decay=plan.weight_decay, ema_decay=plan.ema_decay,
                                   seed=self.seed)
         return policy, pieces, state
@@ -157,5 +170,4 @@ class RobotAlign:
         if source is None:
             raise ValueError(f"a term of behaviour cloning needs demonstrations, and {self.base} names none; import "
                              "it again with base: the run folder or data set of its demonstrations")
-        data = load_demonstrations(str(source), self.environment)
-        return demonstration_batches(*normalized_windows(policy, data), 256)
+        return batches_for(policy, [load_demonstrations(str(source), self.environment)], 256)

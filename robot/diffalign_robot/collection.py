@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ class RobotCollect:
 
     expert: a function without arguments, as module:function, that makes the controller of one episode (observation ->
     action); null is Meta-World's own. policy: the run folder of a policy to act instead (then action_noise is usually
-    0). action_bias is added to every action, one number per action feature: a controller that is out of calibration.
+    0). Either sees the whole state, also where images are recorded. action_bias is added to every action, one number
+    per action feature: a controller that is out of calibration.
     """
 
     type: Literal["robot_collect"] = "robot_collect"
@@ -52,11 +54,12 @@ class RobotCollect:
             actor = scripted_expert(self.environment, self.expert)
         else:
             actor = policy_actor(load_policy(Path(self.policy)), seed=self.seed)
-        for obs, action, success in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
-                                            noise_seed=self.seed, action_bias=self.action_bias):
-            episodes.append((obs, action, success))
-            run.log(len(episodes), {"success": float(success), "length": float(len(obs))})
-        won = sum(success for _, _, success in episodes)
-        metadata = {"environment": self.environment.__dict__, "seeds": [seeds[0], seeds[-1]], "packages": packages(),
-                    "success_rate": won / len(episodes), "interval": list(wilson(won, len(episodes)))}
+        for episode in collect(self.environment, actor, seeds=seeds, action_noise=self.action_noise,
+                               noise_seed=self.seed, action_bias=self.action_bias):
+            episodes.append(episode)
+            run.log(len(episodes), {"success": float(episode[2]), "length": float(len(episode[0]))})
+        won = sum(episode[2] for episode in episodes)
+        metadata = {"environment": dataclasses.asdict(self.environment), "seeds": [seeds[0], seeds[-1]],
+                    "packages": packages(), "success_rate": won / len(episodes),
+                    "interval": list(wilson(won, len(episodes)))}
         join(episodes).save(run.path, metadata)

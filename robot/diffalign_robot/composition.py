@@ -10,6 +10,7 @@ import torch
 from diffalign.diffusion import DDPM
 from diffalign.policy.compose import compose, noise_predictions
 from diffalign.policy.diffusion import DiffusionPolicy
+from diffalign.policy.protocols import select_rows
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.search import found_weights, search_weights
@@ -52,6 +53,9 @@ class RobotCompose:
         for name in ("grid", "num_envs", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.environment.images is not None:
+            raise ValueError("policies that see images cannot be composed yet: every step would read them again for "
+                             "every parent; use policies of the state")
         if self.episodes < 2:
             raise ValueError(f"episodes must be at least 2, got {self.episodes}")
 
@@ -103,9 +107,10 @@ class RobotCompose:
     def _search(self, run: Run, policies: list[DiffusionPolicy], env: VectorEnv) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
         data = load_demonstrations(self.data, self.environment)
-        obs, chunk = normalized_windows(policies[0], data)
-        some = torch.randint(len(obs), (min(512, len(obs)),), generator=generator)
-        predictions, eps = noise_predictions(policies, chunk[some], {"obs": obs[some]}, count=8, generator=generator)
+        cond, chunk = normalized_windows(policies[0], data)
+        some = torch.randint(len(chunk), (min(512, len(chunk)),), generator=generator)
+        predictions, eps = noise_predictions(policies, chunk[some], select_rows(cond, some), count=8,
+                                             generator=generator)
         rounds = 0
 
         def play(weights: tuple[float, ...], episodes: int) -> float:

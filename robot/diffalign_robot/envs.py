@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign_controller.functions import function_at
+from diffalign_robot.cameras import Picture, resized
 from diffalign_robot.choices import Custom, Environment, Gymnasium, MetaWorld, Robosuite
+from diffalign_robot.image_choices import Images
 
 Array = NDArray[np.float32]
+PIXELS = 240  # of videos
 
 
 class Step(NamedTuple):
@@ -28,9 +31,10 @@ class Step(NamedTuple):
 
 
 class Episode(Protocol):
-    """A simulator. `observe` is separate from `advance`, so that a chunk observes (or renders) once.
+    """A simulator. `observe` and `frame` are separate from `advance`, so that a chunk observes and renders once.
 
-    control_rate_hz: how many actions make a second of simulated time, None where that is not known.
+    control_rate_hz: how many actions make a second of simulated time, None where that is not known. frame: a picture
+    [size, size, 3] of one of its cameras; without arguments one for videos.
     """
 
     obs_dim: int
@@ -42,12 +46,21 @@ class Episode(Protocol):
     def reset(self, seed: int) -> None: ...
     def advance(self, action: Array) -> Step: ...
     def observe(self) -> Array: ...
-    def frame(self) -> NDArray[np.uint8]: ...
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture: ...
     def close(self) -> None: ...
 
 
 def make(spec: Environment) -> Episode:
-    """The simulator of a spec.
+    """What a policy sees of the simulator of a spec: where there are images, only a part of the state beside them.
+
+    Raises: as simulator; ValueError if the images name places that the state does not have.
+    """
+    whole = simulator(spec)
+    return whole if spec.images is None else PartOfState(whole, spec.images)
+
+
+def simulator(spec: Environment) -> Episode:
+    """The simulator of a spec with its whole state, as a scripted expert needs it.
 
     Raises: ValueError for an unknown task, naming the closest; ModuleNotFoundError without the robot extra.
     """
@@ -59,7 +72,8 @@ def make(spec: Environment) -> Episode:
         from diffalign_robot.robosuite_env import RobosuiteEpisode
 
         return RobosuiteEpisode(spec)
-    return GymnasiumEpisode(_gymnasium(spec), spec.id if isinstance(spec, Gymnasium) else spec.factory, spec.keys)
+    return GymnasiumEpisode(_gymnasium(spec), spec.id if isinstance(spec, Gymnasium) else spec.factory, spec.keys,
+                            renders=spec.images is not None)
 
 
 def _gymnasium(spec: Gymnasium | Custom) -> Any:
@@ -69,7 +83,8 @@ def _gymnasium(spec: Gymnasium | Custom) -> Any:
 
     if isinstance(spec, Gymnasium):
         try:
-            return gymnasium.make(spec.id, max_episode_steps=spec.horizon)
+            rendering = {} if spec.images is None else {"render_mode": "rgb_array"}
+            return gymnasium.make(spec.id, max_episode_steps=spec.horizon, **rendering)
         except gymnasium.error.Error as error:
             raise ValueError(f"Gymnasium cannot make {spec.id!r}: {error}") from None
     env = function_at(spec.factory, "factory")()
@@ -84,12 +99,53 @@ def choose_renderer() -> None:
         os.environ.setdefault("MUJOCO_GL", "egl")
 
 
+class PartOfState:
+    """An episode whose observation is a part of the state; the rest is seen in its images."""
+
+    def __init__(self, inner: Episode, images: Images) -> None:
+        """Raises: ValueError if images.state names a place that the observation does not have."""
+        if max(images.state) >= inner.obs_dim:
+            raise ValueError(f"images.state must name places of the state below {inner.obs_dim}, got "
+                             f"{list(images.state)}")
+        self._inner, self._places = inner, np.array(images.state)
+        self.obs_dim, self.action_dim = len(images.state), inner.action_dim
+        self.action_low, self.action_high = inner.action_low, inner.action_high
+        self.control_rate_hz = inner.control_rate_hz
+
+    def reset(self, seed: int) -> None:
+        """Start an episode from the seed."""
+        self._inner.reset(seed)
+
+    def advance(self, action: Array) -> Step:
+        """One control step."""
+        return self._inner.advance(action)
+
+    def observe(self) -> Array:
+        """The part of the state."""
+        part: Array = self._inner.observe()[self._places]
+        return part
+
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture:
+        """A picture of the simulator."""
+        return self._inner.frame(camera, size)
+
+    def close(self) -> None:
+        """Close the simulator."""
+        self._inner.close()
+
+
 class GymnasiumEpisode:
     """A Gymnasium environment; of a Dict observation the entries `keys`, flattened and joined."""
 
-    def __init__(self, env: Any, name: str, keys: tuple[str, ...]) -> None:
-        """Raises: ValueError unless the actions are a flat Box and what is read of the observations flat Boxes."""
+    def __init__(self, env: Any, name: str, keys: tuple[str, ...], *, renders: bool = False) -> None:
+        """Raises: ValueError unless the actions are a flat Box and what is read of the observations flat Boxes, or if
+        pictures are wanted of an environment that does not give them.
+        """
         from gymnasium.spaces import Box, Dict
+
+        if renders and env.render_mode != "rgb_array":
+            raise ValueError(f"{name} has the render mode {env.render_mode!r}; images need rgb_array")
+        self._renders = renders
 
         self._env, self._id, self._keys = env, name, keys
         spaces = {"action_space": env.action_space, "observation_space": env.observation_space}
@@ -125,9 +181,11 @@ class GymnasiumEpisode:
         """The last observation."""
         return self._obs
 
-    def frame(self) -> NDArray[np.uint8]:
-        """Refused: build the environment with a render mode to film it."""
-        raise ValueError(f"{self._id} was made without rendering; videos are available for Meta-World")
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture:
+        """What its render() shows, at size x size. Raises: ValueError if the spec asks for no images."""
+        if not self._renders:
+            raise ValueError(f"{self._id} was made without rendering; give its environment images to film it")
+        return resized(self._env.render(), size)
 
     def close(self) -> None:
         """Close the environment."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, FlowSDE, Kernel, NoisyODE
+from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.improved import ImprovedPolicy
 from diffalign.train.statistics import mean_interval, wilson
@@ -23,7 +24,7 @@ from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array
 from diffalign_robot.history import stacked
 from diffalign_robot.queued import QueuedBase, for_policy
-from diffalign_robot.source import chunk_denoiser
+from diffalign_robot.source import chunk_denoiser, shown
 from diffalign_robot.vector import ChunkVectorEnv, VectorEnv
 
 Sampler = Literal["stochastic", "zero_noise", "ode"]
@@ -73,8 +74,8 @@ class Played(NamedTuple):
     env_steps: int
 
 
-def play(act: Callable[[Float[Tensor, "B Do"], torch.Generator], Float[Tensor, "B Ta Da"]], env: VectorEnv, *,
-         seed: int, episodes: int) -> Played:
+def play(act: Callable[[Cond, torch.Generator], Float[Tensor, "B Ta Da"]], env: VectorEnv, *, seed: int, episodes: int
+         ) -> Played:
     """Episodes by seed, in which `act` decides chunks in robot units with a generator of that seed."""
     generator = torch.Generator().manual_seed(seed)
     seeds, success, returns, executed = seeds_for(seed, episodes), [], [], 0
@@ -86,7 +87,7 @@ def play(act: Callable[[Float[Tensor, "B Do"], torch.Generator], Float[Tensor, "
         alive = torch.ones(env.count, dtype=torch.bool)
         alive[len(wave) :] = False
         while bool(alive.any()):
-            step = env.step(act(torch.from_numpy(obs), generator).numpy())
+            step = env.step(act(shown(env, obs), generator).numpy())
             obs = step.obs
             won |= torch.from_numpy(step.success)
             total += torch.from_numpy(step.reward)
@@ -120,10 +121,20 @@ def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, s
     """
     require_episodes(episodes)
     acting = evaluation_policy(policy, sampler)
-    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
-    played = play(lambda obs, generator: unnormalize(acting.act({"obs": obs}, generator=generator).action), env,
-                  seed=seed, episodes=episodes)
+    played = play(chunks_of(acting), env, seed=seed, episodes=episodes)
     return summary(played, seed=seed, sampler=describe(acting, sampler))
+
+
+def chunks_of(policy: RobotPolicy) -> Callable[[Cond, torch.Generator], Float[Tensor, "B Ta Da"]]:
+    """The policy as a function to chunks in robot units; images are encoded before anything else looks."""
+    denoiser = chunk_denoiser(policy)
+
+    @torch.no_grad()
+    def act(cond: Cond, generator: torch.Generator) -> Tensor:
+        action = policy.act(denoiser.encode(cond), generator=generator).action
+        return denoiser.action_normalizer.unnormalize(action)
+
+    return act
 
 
 def describe(policy: RobotPolicy, sampler: Sampler) -> str:
@@ -139,7 +150,13 @@ def describe(policy: RobotPolicy, sampler: Sampler) -> str:
 
 
 def policy_actor(policy: DiffusionPolicy, *, seed: int) -> Callable[[], Callable[[Array], Array]]:
-    """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop."""
+    """A factory of controllers, one an episode: observation [Do] -> action [Da], executing chunks in open loop.
+
+    Raises: ValueError for a policy that sees images.
+    """
+    if chunk_denoiser(policy).encoder is not None:
+        raise ValueError("a policy that sees images cannot collect yet; an expert or a policy of the state can, "
+                         "and its environment may record images")
     acting, generator = evaluation_policy(policy, "stochastic"), torch.Generator().manual_seed(seed)
     network = chunk_denoiser(acting)
     unnormalize = network.action_normalizer.unnormalize
@@ -170,8 +187,7 @@ def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, coun
     import imageio.v2 as imageio
 
     acting = evaluation_policy(policy, sampler)
-    unnormalize = chunk_denoiser(acting).action_normalizer.unnormalize
-    generator = torch.Generator().manual_seed(seed)
+    act, generator = chunks_of(acting), torch.Generator().manual_seed(seed)
     env = for_policy(ChunkVectorEnv(spec, 1, history=chunk_denoiser(acting).history), acting)
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = imageio.get_writer(out, fps=40, macro_block_size=8, codec="libx264")
@@ -181,7 +197,7 @@ def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, coun
             film.append_data(env.frame(0))
             over = False
             while not over:
-                chunk = unnormalize(acting.act({"obs": torch.from_numpy(obs)}, generator=generator).action)
+                chunk = act(shown(env, obs), generator)
                 for number, action in enumerate(chunk.unbind(1)):  # one action at a time, to see inside the chunk
                     step = env.step(action[:, None].numpy())
                     over = bool(step.terminated[0] or step.truncated[0])

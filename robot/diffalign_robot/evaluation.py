@@ -40,8 +40,11 @@ def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, worke
     """
     network = chunk_denoiser(policy)
     env = ChunkVectorEnv(environment, num_envs, workers=workers, history=network.history)
-    require_same_shapes((env.obs_dim, env.action_dim),
-                        (len(network.observation_normalizer.shift), network.event[1]), environment)
+    require_same_shapes((env.obs_dim, env.action_dim), (network.obs_dim, network.event[1]), environment)
+    seen = None if network.encoder is None else network.encoder.shape
+    if seen != (None if environment.images is None else environment.images.shape):
+        raise ValueError(f"the policy sees images of the shape {seen} (cameras, 3, size, size; None is none), but "
+                         f"{environment} shows others; choose the matching base or environment")
     return for_policy(env, policy)
 
 
@@ -70,7 +73,7 @@ def evaluate_and_log(run: Run, policy: RobotPolicy, env: VectorEnv, plan: Evalua
 def film(run: Run, policy: RobotPolicy, environment: Environment, plan: Evaluation, *, seed: int, name: str
          ) -> None:
     """Write videos/<name>.mp4 where the environment can be rendered."""
-    if plan.videos and isinstance(environment, MetaWorld):
+    if plan.videos and (isinstance(environment, MetaWorld) or environment.images is not None):
         record(policy, environment, run.folder("videos") / f"{name}.mp4", seed=seed, count=plan.videos,
                sampler=plan.sampler)
 

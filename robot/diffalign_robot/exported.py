@@ -74,6 +74,9 @@ class ExportedPolicy:
         if base.executed is not None:
             raise ValueError(f"a policy that executes a part of what it denoises, {base.executed}, cannot be exported "
                              "to a controller; write it back as it came, --to FORMAT:DIR")
+        if chunk_denoiser(self.policy).encoder is not None:
+            raise ValueError("a policy that sees images cannot be exported yet: controller packages take one vector of "
+                             "numbers; export a policy of the state (environment without images)")
         if isinstance(self.policy, ImprovedPolicy):
             operator = self.policy.operator
             if not isinstance(operator, OnActions | OnNoise):

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from diffalign_robot.envs import Array, Episode, Step
+from diffalign_robot.cameras import Picture
+from diffalign_robot.envs import PIXELS, Array, Episode, Step
 
 
 def stacked(recent: Sequence[Array], count: int) -> Array:
@@ -52,9 +52,9 @@ class HistoryEpisode:
         """The last n observations."""
         return stacked(self._recent, self._count)
 
-    def frame(self) -> NDArray[np.uint8]:
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture:
         """A picture of the simulator."""
-        return self._inner.frame()
+        return self._inner.frame(camera, size)
 
     def close(self) -> None:
         """Close the simulator."""

@@ -22,7 +22,7 @@ from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler, evaluation_policy
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.queued import QueuedBase, queued_demonstrations
-from diffalign_robot.replay import demonstration_rows
+from diffalign_robot.replay import demonstration_rows, encoded_demonstrations
 from diffalign_robot.runs import load_policy, newest_checkpoint
 from diffalign_robot.source import EnvSource, chunk_denoiser
 
@@ -65,6 +65,8 @@ class RobotOffPolicy:
                              "use variant: na or leave demonstrations out")
 
         single = isinstance(pieces.operator, OnActions) and pieces.operator.samples == 1
+        if self.per_step and self.environment.images is not None:
+            raise ValueError("per_step does not see images yet: the queue is filled from numbers; set per_step: false")
         if self.per_step and not single:
             raise ValueError(f"per_step corrects the one action that the base has queued, which {self.algorithm.type} "
                              "does not; use residual, or per_step: false")
@@ -138,6 +140,7 @@ class RobotOffPolicy:
             return None
         history = chunk_denoiser(policy).history
         data = [load_demonstrations(path, self.environment).with_history(history) for path in self.demonstrations]
+        data = [encoded_demonstrations(part, chunk_denoiser(policy)) for part in data]
         generator = torch.Generator().manual_seed(self.seed)
         if isinstance(policy.base, QueuedBase):
             data = [queued_demonstrations(part, policy.base.chunks, generator) for part in data]

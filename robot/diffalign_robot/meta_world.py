@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_robot.cameras import Picture, shared_camera
 from diffalign_robot.choices import MetaWorld
-from diffalign_robot.envs import Array, Step, choose_renderer
+from diffalign_robot.envs import PIXELS, Array, Step, choose_renderer
 
 # Tasks whose success is "the object's body is within this many metres of the target".
 SUCCESS_RADIUS = {"pick-place-v3": 0.07, "push-v3": 0.05}
-CAMERA = "corner2"
-_OBS_DIM, _ACTION_DIM, _PIXELS = 39, 4, 240
+CAMERA = "corner2"  # of videos
+_UPSIDE_DOWN = ("corner", "corner2", "corner3")  # as these cameras are mounted
+_OBS_DIM, _ACTION_DIM = 39, 4
 
 
 class MetaWorldEpisode:
@@ -40,7 +42,6 @@ class MetaWorldEpisode:
         self._radius = SUCCESS_RADIUS.get(spec.task) if spec.reward == "sparse" else None
         self._obs: Array | None = None
         self._steps = 0
-        self._renderer: Any = None
         if self._radius is not None:
             self._settle = self._env._reset_hand
             self._env._reset_hand = self._reset_hand
@@ -79,22 +80,14 @@ class MetaWorldEpisode:
             self._obs = self._lazy_observation()
         return self._obs
 
-    def frame(self) -> NDArray[np.uint8]:
-        """A picture from the corner camera, [240, 240, 3]; no shadows and reflections: three times faster."""
-        if self._renderer is None:
-            self._model.vis.quality.offsamples = 0
-            self._renderer = self._mujoco.Renderer(self._model, _PIXELS, _PIXELS)
-            for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._renderer.scene.flags[flag] = 0
-        self._renderer.update_scene(self._data, camera=CAMERA)
-        picture: NDArray[np.uint8] = self._renderer.render()[::-1, ::-1].copy()  # the camera is mounted upside down
-        return picture
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture:
+        """A picture [size, size, 3] from a camera of the model, by default from the corner."""
+        camera = camera or CAMERA
+        picture = shared_camera(_model, self._spec, size).picture(self._model, self._data, camera)
+        return picture[::-1, ::-1].copy() if camera in _UPSIDE_DOWN else picture
 
     def close(self) -> None:
-        """Free the renderer."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Nothing to free: cameras are shared by the episodes of a process."""
 
     def _simulate(self, action: Array, radius: float) -> bool:
         env = self._env
@@ -131,6 +124,10 @@ class MetaWorldEpisode:
         quaternion = quaternion[[1, 2, 3, 0]]
         signed: NDArray[np.float64] = quaternion * np.sign(quaternion[np.abs(quaternion).argmax()])
         return signed
+
+
+def _model(spec: MetaWorld) -> Any:
+    return _build(spec.task).model
 
 
 def _build(task: str) -> Any:

@@ -15,7 +15,7 @@ from diffalign.train.preferences import Pairs, prefer
 from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, fresh_state
 from diffalign_robot.choices import Environment
-from diffalign_robot.cloning import demonstration_batches, normalized_windows
+from diffalign_robot.cloning import batches_for
 from diffalign_robot.data.formats import load_demonstrations
 from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
@@ -98,11 +98,5 @@ class RobotPreference:
         return load_policy(run.path)
 
     def _winners(self, policy: DiffusionPolicy) -> Batch:
-        observations, chunks = [], []
-        for path in self.demonstrations:
-            data = load_demonstrations(path, self.environment).successful()
-            obs, chunk = normalized_windows(policy, data)
-            observations.append(obs)
-            chunks.append(chunk)
-        size = self.algorithm.compose().fitting.batch_size
-        return demonstration_batches(torch.cat(observations), torch.cat(chunks), size)
+        data = [load_demonstrations(path, self.environment).successful() for path in self.demonstrations]
+        return batches_for(policy, data, self.algorithm.compose().fitting.batch_size)

@@ -54,10 +54,7 @@ class QueuedBase:
 
     def normalizer(self, observations: Normalizer) -> Normalizer:
         """That of the longer observation: phase and queued action are left as they are."""
-        longer = Normalizer(len(observations.shift) + sum(self.chunks.event))
-        longer.shift[: len(observations.shift)] = observations.shift
-        longer.scale[: len(observations.scale)] = observations.scale
-        return longer
+        return observations.extended(sum(self.chunks.event))
 
 
 class QueuedEnv:
@@ -93,6 +90,9 @@ class QueuedEnv:
         step = self.inner.step(chunks)
         self.phase = (self.phase + 1) % self.chunks.event[0]
         return step._replace(obs=self._fill(step.obs))
+
+    def images(self) -> None:
+        """None: the policy that fills the queue acts on numbers."""
 
     def frame(self, i: int) -> NDArray[np.uint8]:
         """A picture of environment i; only without workers."""

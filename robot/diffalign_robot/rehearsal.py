@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.diffusion.trajectories import Cond
 from diffalign.train import checkpoint
 from diffalign.train.run import Run
 from diffalign_robot.evaluate import Sampler, describe, evaluation_policy, play, require_episodes, summary
@@ -39,16 +40,17 @@ def rehearse(run: Run, job: ExportableJob, folder: Path, *, seed: int, episodes:
     require_same(package, policy, run, name)
     apart = 0.0
 
-    def by_package(obs: Tensor, generator: torch.Generator) -> Tensor:
+    def by_package(cond: Cond, generator: torch.Generator) -> Tensor:
         nonlocal apart
+        obs = cond["obs"]
         noise = policy.draw(len(obs), generator)
         found = torch.from_numpy(chunks_of(policy, lambda inputs: package.chunk_of(
             inputs["obs"][0], {part: values for part, values in inputs.items() if part != "obs"})[None], obs, noise))
         apart = max(apart, float((found - policy(obs, **noise)).abs().max()))
         return found
 
-    def by_torch(obs: Tensor, generator: torch.Generator) -> Tensor:
-        return policy(obs, **policy.draw(len(obs), generator))
+    def by_torch(cond: Cond, generator: torch.Generator) -> Tensor:
+        return policy(cond["obs"], **policy.draw(len(cond["obs"]), generator))
 
     env = open_env(job.environment, policy.policy, job.num_envs, job.workers)
     try:

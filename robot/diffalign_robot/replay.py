@@ -5,14 +5,24 @@ Legend: S rows, Ta actions of a chunk.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from diffalign.policy.improved import ImprovedPolicy
 from diffalign.rl.replay import DEMONSTRATION, Transitions
 from diffalign_robot.demos import Demonstrations
+from diffalign_robot.networks import ChunkDenoiser
 from diffalign_robot.source import chunk_denoiser
 
 _BLOCK = 1024
+
+
+@torch.no_grad()
+def encoded_demonstrations(data: Demonstrations, denoiser: ChunkDenoiser) -> Demonstrations:
+    """The demonstrations as numbers alone: the features of their images after every observation."""
+    everything = data.seen(torch.arange(len(data.obs)))
+    return replace(data, obs=denoiser.encode(everything)["obs"], image=None)
 
 
 def demonstration_rows(data: Demonstrations, policy: ImprovedPolicy, *, discount: float, reward_scale: float,

@@ -6,12 +6,11 @@ import difflib
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diffalign_robot.cameras import Picture, shared_camera
 from diffalign_robot.choices import Robosuite
-from diffalign_robot.envs import Array, Step, choose_renderer
+from diffalign_robot.envs import PIXELS, Array, Step, choose_renderer
 
-_PIXELS = 240
 _OF_ROBOMIMIC = {"object": "object-state"}  # robomimic's name of an observation -> robosuite's
 
 
@@ -21,20 +20,9 @@ class RobosuiteEpisode:
     def __init__(self, spec: Robosuite) -> None:
         """Raises: ValueError for an unknown task or observation, naming the known ones."""
         choose_renderer()
-        import robosuite
-
-        if spec.task not in robosuite.ALL_ENVIRONMENTS:
-            close = difflib.get_close_matches(spec.task, robosuite.ALL_ENVIRONMENTS, n=1)
-            raise ValueError(f"robosuite has no task {spec.task!r}; did you mean "
-                             f"{close or robosuite.ALL_ENVIRONMENTS}?")
-        self._spec = spec
-        self._env: Any = robosuite.make(
-            spec.task, robots=list(spec.robots), has_renderer=False, has_offscreen_renderer=False,
-            use_camera_obs=False, control_freq=spec.control_rate_hz, ignore_done=True, hard_reset=False,
-            reward_shaping=spec.reward == "dense")
+        self._spec, self._env = spec, _build(spec)
         self._keys = [_OF_ROBOMIMIC.get(key, key) for key in spec.keys]
         self._steps = 0
-        self._renderer: Any = None
         self._seen = self._env.observation_spec()
         missing = [key for key in self._keys if np.ndim(self._seen.get(key)) != 1]
         if missing:
@@ -68,18 +56,26 @@ class RobosuiteEpisode:
         """The parts that the spec's keys name, one after the other."""
         return np.asarray(np.concatenate([self._seen[key] for key in self._keys]), np.float32)
 
-    def frame(self) -> NDArray[np.uint8]:
-        """A picture from robosuite's camera agentview, [240, 240, 3]."""
-        if self._renderer is None:
-            import mujoco
-
-            self._renderer = mujoco.Renderer(self._env.sim.model._model, _PIXELS, _PIXELS)
-        self._renderer.update_scene(self._env.sim.data._data, camera="agentview")
-        picture: NDArray[np.uint8] = self._renderer.render()
-        return picture
+    def frame(self, camera: str | None = None, size: int = PIXELS) -> Picture:
+        """A picture [size, size, 3] from one of robosuite's cameras, by default agentview."""
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        return shared_camera(_model, self._spec, size).picture(model, data, camera or "agentview")
 
     def close(self) -> None:
-        """End the renderer and the simulator."""
-        if self._renderer is not None:
-            self._renderer.close()
+        """End the simulator."""
         self._env.close()
+
+
+def _model(spec: Robosuite) -> Any:
+    return _build(spec).sim.model._model
+
+
+def _build(spec: Robosuite) -> Any:
+    import robosuite
+
+    if spec.task not in robosuite.ALL_ENVIRONMENTS:
+        close = difflib.get_close_matches(spec.task, robosuite.ALL_ENVIRONMENTS, n=1)
+        raise ValueError(f"robosuite has no task {spec.task!r}; did you mean {close or robosuite.ALL_ENVIRONMENTS}?")
+    return robosuite.make(spec.task, robots=list(spec.robots), has_renderer=False, has_offscreen_renderer=False,
+                          use_camera_obs=False, control_freq=spec.control_rate_hz, ignore_done=True, hard_reset=False,
+                          reward_shaping=spec.reward == "dense")

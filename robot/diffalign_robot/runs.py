@@ -18,9 +18,11 @@ from diffalign.policy.normalize import Normalizer
 from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
 from diffalign_robot.choices import Environment, Network
+from diffalign_robot.image_choices import Encoder, Images
 from diffalign_robot.native import formats
 from diffalign_robot.networks import ChunkDenoiser, build_network
 from diffalign_robot.source import chunk_denoiser
+from diffalign_robot.vision import ImageEncoder
 
 _COMMAND = "diffalign train configs/robot/pick_place_bc.yaml"
 
@@ -44,15 +46,16 @@ def config_of(folder: Path, command: str) -> dict[str, Any]:
 
 def build_policy(network: Network, chunk: int, obs_dim: int, action_dim: int, denoising_steps: int, *,
                  prediction: Prediction = "eps", normalizers: tuple[Normalizer, Normalizer] | None = None,
-                 history: int = 1) -> DiffusionPolicy:
+                 history: int = 1, encoder: ImageEncoder | None = None) -> DiffusionPolicy:
     """A chunk policy: K Euler steps of a flow for prediction `flow`, else a K-step cosine DDPM.
 
-    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO). obs_dim counts all the observations of a history.
+    clip_x0 is 1, because chunks are normalized to [-1, 1] (DPPO). obs_dim counts all the observations of a history, and
+    the features of an encoder.
     """
     observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
     schedule, event = Schedule(steps=denoising_steps), (chunk, action_dim)
     denoiser = ChunkDenoiser(build_network(network, event, obs_dim), chunk, observations, actions,
-                             prediction=prediction, history=history)
+                             prediction=prediction, history=history, encoder=encoder)
     if prediction == "flow":
         return DiffusionPolicy(denoiser, FlowPath(), ODE(), schedule, event, clip_x0=1.0)
     return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), schedule, event, clip_x0=1.0)
@@ -115,9 +118,14 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
                          "robot_align or robot_preference run")
     shapes = checkpoint.shapes(newest_checkpoint(folder, _COMMAND))
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
-    network = build(Network, config["network"], str(folder / "config.yaml"))
-    return build_policy(network, config["chunk"], obs_dim, action_dim, config["denoising_steps"],
-                        prediction=config.get("prediction", "eps"), history=config.get("history", 1))
+    file = str(folder / "config.yaml")
+    encoder = None
+    if config.get("encoder") is not None:
+        encoder = ImageEncoder(build(Encoder, config["encoder"], file),
+                               build(Images, config["environment"]["images"], file))
+    return build_policy(build(Network, config["network"], file), config["chunk"], obs_dim, action_dim,
+                        config["denoising_steps"], prediction=config.get("prediction", "eps"),
+                        history=config.get("history", 1), encoder=encoder)
 
 
 def steer(policy: DiffusionPolicy, hidden: Sequence[int], *, seed: int) -> DiffusionPolicy:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_robot.cameras import Picture, images_of
 from diffalign_robot.choices import Environment
 from diffalign_robot.envs import Array, Episode, make
 from diffalign_robot.history import HistoryEpisode
@@ -51,7 +52,11 @@ class VectorEnv(Protocol):
         """Execute one chunk [B, Ta, Da] per environment."""
         ...
 
-    def frame(self, i: int) -> NDArray[np.uint8]:
+    def images(self) -> Picture | None:
+        """What the cameras show now [B, V, 3, S, S]; None where observations have no images."""
+        ...
+
+    def frame(self, i: int) -> Picture:
         """A picture of environment i."""
         ...
 
@@ -71,11 +76,14 @@ class _Slice:
     def __init__(self, spec: Environment, count: int, history: int) -> None:
         self.episodes = [_episode(spec, history) for _ in range(count)]
         self.over = [True] * count
+        self._cameras = spec.images
+        self._shown: list[Picture | None] = [None] * count
 
     def reset(self, seeds: Sequence[int]) -> Array:
         for episode, seed in zip(self.episodes, seeds, strict=True):
             episode.reset(seed)
         self.over = [False] * len(self.episodes)
+        self._shown = [None] * len(self.episodes)
         return np.stack([episode.observe() for episode in self.episodes])
 
     def step(self, chunks: Array) -> ChunkStep:
@@ -88,6 +96,7 @@ class _Slice:
         episode, reward, executed, success = self.episodes[i], 0.0, 0, False
         terminated = truncated = False
         if not self.over[i]:
+            self._shown[i] = None
             for action in chunk:
                 step = episode.advance(action)
                 reward, executed, success = reward + step.reward, executed + 1, success or step.success
@@ -97,7 +106,16 @@ class _Slice:
                     break
         return episode.observe(), reward, terminated, truncated, executed, success
 
-    def frame(self, i: int) -> NDArray[np.uint8]:
+    def images(self) -> Picture | None:
+        """Those of an episode that has not moved since, e.g. because it is over, are not rendered again."""
+        if self._cameras is None:
+            return None
+        shown = [images_of(episode.frame, self._cameras) if before is None else before
+                 for episode, before in zip(self.episodes, self._shown)]
+        self._shown = list(shown)
+        return np.stack(shown)
+
+    def frame(self, i: int) -> Picture:
         return self.episodes[i].frame()
 
     def close(self) -> None:
@@ -117,7 +135,7 @@ class ChunkVectorEnv:
         """
         if count < 1 or workers < 1:
             raise ValueError(f"the number of environments and workers must be at least 1, got {count} and {workers}")
-        self.count = count
+        self.count, self._sees = count, spec.images is not None
         sizes = [len(part) for part in np.array_split(np.arange(count), min(workers, count))]
         self._bounds = np.cumsum([0, *sizes])
         probe = _episode(spec, history)
@@ -152,7 +170,19 @@ class ChunkVectorEnv:
         parts = self._all("step", [chunks[a:b] for a, b in zip(self._bounds, self._bounds[1:])])
         return ChunkStep(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def frame(self, i: int) -> NDArray[np.uint8]:
+    def images(self) -> Picture | None:
+        """What the cameras show now [B, V, 3, S, S]; None where observations have no images.
+
+        A chunk is rendered once, after its last step, and only if somebody looks.
+        """
+        if not self._sees:
+            return None
+        if self._local:
+            return self._local.images()
+        parts: list[Picture] = self._all("images", [None] * len(self._workers))
+        return np.concatenate(parts)
+
+    def frame(self, i: int) -> Picture:
         """A picture of environment i; only without workers."""
         if self._local is None:
             raise ValueError("pictures need workers=1, because a renderer lives in one process")
@@ -214,7 +244,8 @@ def _serve(pipe: Connection, spec: Environment, count: int, history: int) -> Non
             part.close()
             return
         try:
-            result = part.reset(argument) if method == "reset" else part.step(argument)
+            result = (part.images() if method == "images" else
+                      part.reset(argument) if method == "reset" else part.step(argument))
         except Exception as error:  # sent to the parent, which raises it
             pipe.send((False, f"{type(error).__name__}: {error}"))
             return

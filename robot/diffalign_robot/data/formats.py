@@ -40,6 +40,8 @@ def write(data: Dataset, target: str) -> Path:
     name, colon, place = target.partition(":")
     if not colon or not place or name not in _WRITE:
         raise ValueError(f"--to must be FORMAT:PATH with FORMAT one of {', '.join(_WRITE)}, got {target!r}")
+    if data.episodes.image is not None and name != "run":
+        raise ValueError(f"the data set has images, which {name} data sets written here do not hold; use run:{place}")
     path = Path(place)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} is already there; choose another path")
@@ -52,7 +54,15 @@ def load_demonstrations(path: str, environment: Environment) -> Demonstrations:
 
     Where the data set has every key of the environment, these parts are taken in that order; otherwise all of its
     observation counts.
+
+    Raises: ValueError if the data set has no images, or others than the environment.
     """
     data = read(Path(path))
     keys = () if isinstance(environment, MetaWorld) else environment.keys
-    return (data.select(keys) if keys and set(keys) <= data.keys.keys() else data).episodes
+    episodes = (data.select(keys) if keys and set(keys) <= data.keys.keys() else data).episodes
+    found = None if episodes.image is None else tuple(episodes.image.shape[1:])
+    wanted = None if environment.images is None else environment.images.shape
+    if found != wanted:
+        raise ValueError(f"{path} has images of the shape {found} (cameras, 3, size, size) and the environment of "
+                         f"{wanted}; None is none. Record demonstrations in the environment of the policy")
+    return episodes
