@@ -13,7 +13,7 @@ import yaml
 from torch.nn import functional as F
 
 from diffalign import config
-from diffalign.algorithms import DPPO
+from diffalign.algorithms import DPPO, ResidualRL
 from diffalign.cli.main import main
 from diffalign.diffusion import DDIM, ODE, Schedule
 from diffalign.train.pieces import Optimization
@@ -21,7 +21,7 @@ from diffalign.train.run import Run
 from diffalign_robot.choices import Gymnasium
 from diffalign_robot.evaluation import Evaluation
 from diffalign_robot.importing import RobotImport
-from diffalign_robot.jobs import RobotAlign
+from diffalign_robot.jobs import RobotAlign, RobotOffPolicy
 from diffalign_robot.native import dppo
 from diffalign_robot.runs import load_policy
 
@@ -244,3 +244,19 @@ def test_a_checkpoint_is_imported_improved_and_exported(tmp_path, capsys):
     torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
     assert main(["export", str(run.path), "--to", f"lerobot:{out}"]) == 2
     assert "was imported from dppo, it can be written back as dppo:DIR only" in capsys.readouterr().err
+
+
+def test_what_an_imported_policy_cannot_do_is_refused(tmp_path):
+    folder(tmp_path / "theirs", act_steps=2)
+    slow = Gymnasium(id="toy_env:ToySlowPoint-v0")
+    job = RobotImport(source=f"dppo:{tmp_path / 'theirs'}", environment=slow, num_envs=2, workers=1,
+                      evaluation=Evaluation(episodes=2, videos=0))
+    run = Run.create(tmp_path / "base", config.dump(job), resume=False)
+    job.train(run)
+    clones = RobotAlign(base=str(run.path), environment=slow, num_envs=2, workers=1,
+                        algorithm=DPPO(behavior_cloning=0.1))
+    with pytest.raises(ValueError, match=r"needs demonstrations, and .* names none"):
+        clones.train(Run.create(tmp_path / "clones", config.dump(clones), resume=False))
+    queued = RobotOffPolicy(base=str(run.path), environment=slow, algorithm=ResidualRL())
+    with pytest.raises(ValueError, match="executes a part of them"):
+        queued.train(Run.create(tmp_path / "queued", config.dump(queued), resume=False))

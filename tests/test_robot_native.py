@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from toys import MLPDenoiser
 
 from diffalign import config
-from diffalign.algorithms import DPPO, ResidualRL
+from diffalign.algorithms import DPPO
 from diffalign.cli.main import main
 from diffalign.diffusion import DDIM, DDPM, ODE, Schedule, TrainedSteps, VPPath
 from diffalign.policy.diffusion import DiffusionPolicy
@@ -27,7 +27,7 @@ from diffalign_robot.demos import join
 from diffalign_robot.evaluation import Evaluation
 from diffalign_robot.exported import ExportedPolicy
 from diffalign_robot.importing import RobotImport
-from diffalign_robot.jobs import RobotAlign, RobotOffPolicy
+from diffalign_robot.jobs import RobotAlign
 from diffalign_robot.native import saving
 from diffalign_robot.runs import build_policy, load_policy, steer
 
@@ -305,21 +305,12 @@ def test_a_policy_is_imported_improved_exported_and_reloaded_by_lerobot_alone(le
     assert "is already there" in capsys.readouterr().err
 
 
-def test_what_an_imported_policy_cannot_do_is_refused(lerobot, tmp_path):
+def test_more_than_a_denoiser_has_no_place_in_the_format(lerobot, tmp_path):
     folder = saved(tmp_path / "policy", state=1, world=1)
     job = RobotImport(source=f"lerobot:{folder}", environment=SLOW, num_envs=2, workers=1,
                       evaluation=Evaluation(episodes=2, videos=0))
     run = Run.create(tmp_path / "base", config.dump(job), resume=False)
     job.train(run)
-    algorithm = DPPO(behavior_cloning=0.1)
-    clones = RobotAlign(base=str(run.path), environment=SLOW, algorithm=algorithm, num_envs=2, workers=1)
-    with pytest.raises(ValueError, match=r"needs demonstrations, and .* names none"):
-        clones.train(Run.create(tmp_path / "clones", config.dump(clones), resume=False))
-    queued = RobotOffPolicy(base=str(run.path), environment=SLOW, algorithm=ResidualRL())
-    with pytest.raises(ValueError, match="executes a part of them"):
-        queued.train(Run.create(tmp_path / "queued", config.dump(queued), resume=False))
-    with pytest.raises(ValueError, match="was imported from lerobot, it can be written back as lerobot:DIR only"):
-        saving.write("dppo", load_policy(run.path), run.path, tmp_path / "out")
     steered = steer(load_policy(run.path), (8,), seed=0)
     with pytest.raises(ValueError, match="a SteeredDenoiser has no place in a policy of lerobot"):
         saving.write("lerobot", steered, run.path, tmp_path / "out")
