@@ -103,7 +103,7 @@ def test_its_windows_begin_before_the_observation():
     assert action[:, :, 0].tolist() == [[10, 11, 12, 13], [11, 12, 13, 14], [12, 13, 14, 15]]
     policy = build_policy(ChunkMLP(width=16, blocks=1), 4, 2, 1, 4, history=2)
     seen, chunks = normalized_windows(replace(policy, executed=(1, 3)), data)
-    assert seen.tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert seen["obs"].tolist() == [[0, 1], [1, 2], [2, 3]]
     assert torch.equal(chunks, action)
 
 
