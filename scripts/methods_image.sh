@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-runs/methods-image}
-methods=${METHODS:-ddpo flow_grpo guard awm nft orw seppo dpo noise_ppo best_of}
+methods=${METHODS:-ddpo dpok loop flow_grpo dance_grpo cps flow_grpo_fast mix_grpo guard awm nft orw seppo dpo noise_ppo best_of}
 configs=configs/image
 source scripts/methods_run.bash
 

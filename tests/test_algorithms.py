@@ -9,10 +9,11 @@ import torch
 from test_on_policy import Constant, flat_reward, setup
 from toys import PointMass, PromptBandit
 
-from diffalign.algorithms import AWM, DDPO, DPPO, FPO, ORW, DiffusionNFT, FlowGRPO, FPOPlus, GRPOGuard, ReinFlow
+from diffalign.algorithms import AWM, DDPO, DPOK, DPPO, FPO, ORW, DiffusionNFT, FlowGRPO, FPOPlus, GRPOGuard, ReinFlow
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, NoisyODE, TrainedSteps
 from diffalign.rl.advantages import GAE, GroupNormalized, LeaveOneOut
 from diffalign.rl.asymmetric import AsymmetricPO
+from diffalign.rl.clamped import ClampedRatio
 from diffalign.rl.likelihoods import Matching
 from diffalign.rl.surrogates import DivergenceGate, GuardClip, PPOClip, SimplePO, WeightedRegression
 from diffalign.train.on_policy import Optimization, optimize
@@ -50,6 +51,9 @@ BANDIT = {
     "ddpo-published-clip": (DDPO(surrogate=PPOClip(low=0.1, high=0.1, unit="per_dim"), optimization=PLAN), DDPM(),
                             "eps"),
     "ddpo-floor": (DDPO(surrogate=WIDE, optimization=PLAN), DDIM(eta=0.0, min_std=0.15), "x0"),
+    "dpok-prompt": (DPOK(surrogate=ClampedRatio(limit=0.3), optimization=PLAN), DDPM(), "eps"),
+    "dpok-value": (DPOK(surrogate=ClampedRatio(limit=0.3), advantage=GAE(), optimization=PLAN), DDIM(), "v"),
+    "dpok-published-clamp": (DPOK(surrogate=ClampedRatio(limit=0.1, unit="per_dim"), optimization=PLAN), DDPM(), "eps"),
     "flow_grpo-sde": (FlowGRPO(surrogate=WIDE, optimization=PLAN), FlowSDE(), "flow"),
     "flow_grpo-dance": (FlowGRPO(surrogate=WIDE, optimization=PLAN), DanceSDE(eta=0.6), "flow"),
     "flow_grpo-cps": (FlowGRPO(surrogate=WIDE, optimization=PLAN), CPS(), "flow"),
@@ -89,13 +93,30 @@ def test_the_prompt_bandit_improves(algorithm, kernel, prediction):
     assert after > -0.5
 
 
-WINDOWS = [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4)]
+WINDOWS = [TrainedSteps(size=2, ode_elsewhere=True), TrainedSteps(start=-3, stop=4),
+           TrainedSteps(stop=4, size=2, move_every=3, ode_elsewhere=True)]
 
 
 @pytest.mark.parametrize("trained", WINDOWS, ids=repr)
 def test_a_window_of_trained_steps_is_enough(trained):
     algorithm = FlowGRPO(surrogate=WIDE, optimization=PLAN)
     before, after = learn(algorithm, FlowSDE(), PromptBandit(), trained=trained)
+    assert before < -1.1
+    assert after > -0.5
+
+
+class InFours(PromptBandit):
+    """The bandit in groups of four images, LOOP's K."""
+
+    def collect(self, policy, *, generator):
+        rollout = super().collect(policy, generator=generator)
+        return replace(rollout, group=torch.arange(len(rollout.group)) // 4)
+
+
+def test_loop_learns_from_groups_of_four():
+    """LOOP (arXiv 2503.00897): DDPO's steps and clip, each return against the mean of the other three."""
+    algorithm = DDPO(surrogate=WIDE, optimization=PLAN, advantage=LeaveOneOut())
+    before, after = learn(algorithm, DDIM(), InFours(), prediction="eps")
     assert before < -1.1
     assert after > -0.5
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from test_controller import LIMITS, List, PointRobot, SteppedClock, states, towards
 
 from diffalign_controller.chunks import OverlapBlend, RecedingHorizon, TemporalEnsemble, played, soft_mask
-from diffalign_controller.inference import Decided, InLine
+from diffalign_controller.inference import Decided, InLine, Plan, Threaded
 from diffalign_controller.loop import Controller, Exit, Settings
 from diffalign_controller.robot import Observation
 from diffalign_controller.safety import Limits, SafetyFilter
+from diffalign_controller.screen import Screen
 from diffalign_controller.timing import Timing, quantiles_ms
 from diffalign_controller.watchdog import Watchdog
 
@@ -121,9 +124,10 @@ class Delayed:
     def __init__(self, decide, clock, delay_s) -> None:
         self._decide, self._clock, self._delay_s, self._pending = decide, clock, delay_s, None
 
-    def ask(self, time, obs) -> None:
+    def ask(self, time, obs, plan) -> None:
         assert self._pending is None
-        self._pending = self._clock.now_s() + self._delay_s, Decided(time, self._decide(obs), None, self._delay_s)
+        chunk = self._decide(obs) if plan is None else self._decide(obs, plan)
+        self._pending = self._clock.now_s() + self._delay_s, Decided(time, chunk, None, self._delay_s)
 
     def answer(self):
         if self._pending is None or self._clock.now_s() < self._pending[0] - 1e-9:
@@ -190,6 +194,11 @@ def test_velocities_are_held_and_changes_are_spread() -> None:
     assert Settings(rate_hz=RATE, servo_hz=RATE, rest="zero").share == 1
     with pytest.raises(ValueError, match=r"servo_hz must be at least rate_hz \(50\.0\), got 20"):
         Settings(rate_hz=RATE, servo_hz=20)
+    with pytest.raises(ValueError, match="servo_hz must be at least"):
+        Settings(rate_hz=RATE, servo_hz=np.inf)
+    with pytest.raises(ValueError, match=r"must be a multiple of rate_hz \(50\.0\), got 80"):
+        Settings(rate_hz=RATE, servo_hz=80, rest="zero", between="spread")
+    assert Settings(rate_hz=RATE, servo_hz=80).command_hz == 80  # places and velocities may change at any time
     with pytest.raises(ValueError, match="delay_quantile must be above 0"):
         Settings(rate_hz=RATE, delay_quantile=0)
     clock = SteppedClock()
@@ -249,10 +258,137 @@ def test_the_expected_delay_is_a_quantile_of_the_last_fifty_without_the_cold_sta
     assert found == pytest.approx({"p50": 100, "p99": 198, "max": 200})
 
 
-def test_the_status_line_is_given_once_a_second() -> None:
+def test_the_status_line_is_given_four_times_a_second() -> None:
     lines: list[str] = []
-    run(towards([0.5, -0.5]), seconds=3.5, status=lines.append)
-    assert len(lines) == 3
-    for line in lines:
-        assert re.match(r"running +20[01]\.0 Hz  tick .* ms  decision .* ms  missed 0 ", line), line
+    run(clocked, robot=LaggingRobot, seconds=3.6, status=lines.append)
+    assert len(lines) == 14
+    for number, line in enumerate(lines, 1):
+        found = re.match(r"tick +(\d+)  running +20[04]\.0 Hz  missed 0  chunk +(\d+) ms old  work .* ms", line)
+        assert found, line
+        assert abs(int(found[1]) - 50 * number) <= 1
+        assert 50 <= int(found[2]) <= 85  # seen 50 ms late, and renewed four actions of 20 ms after that
     run(towards([0.5, -0.5]), seconds=1.0)  # on request only
+    run(lambda obs: np.full((8, 2), np.nan), seconds=0.3, status=lines.append)
+    assert re.search(r"hold .* chunk +- ms", lines[-1])
+
+
+# --- real-time chunking ---------------------------------------------------------------------------------------------
+
+
+def test_the_plan_that_a_policy_is_told_is_what_will_be_played() -> None:
+    random = np.random.default_rng(0)
+    chunk = random.normal(size=(8, 2)).astype(np.float32)
+    scheme = RecedingHorizon(execute=3, mask="exp")
+    assert scheme.plan(0, 2) is None  # nothing is planned
+    scheme.add(2, chunk)
+    previous, weight = scheme.plan(5, 6)  # three of eight are over; the next is expected one period later
+    np.testing.assert_array_equal(previous[:5], chunk[3:])
+    np.testing.assert_array_equal(previous[5:], [chunk[7]] * 3)
+    assert weight == pytest.approx(rtc_weights(8, 2, 3, "exp"))
+    assert (previous.dtype, weight.dtype) == (np.float32, np.float32)
+    previous, weight = scheme.plan(4.25, 5)
+    meant = [scheme.action(4.25 + i, "linear") for i in range(5)]
+    np.testing.assert_allclose(previous[:5], meant, atol=1e-6)
+    assert weight == pytest.approx([soft_mask(i, 0.75, 5.75, "exp") for i in range(8)])
+    scheme.clear()
+    assert scheme.plan(5, 6) is None
+    for untold in (RecedingHorizon(execute=3), TemporalEnsemble(execute=3), OverlapBlend(execute=3)):
+        untold.add(2, chunk)
+        assert untold.plan(5, 6) is None
+
+
+def jumps(scheme) -> list[float]:
+    """How far the plan jumps where a chunk arrives; filled while the scheme is used."""
+    found, add = [], scheme.add
+
+    def watched(time, chunk, arrived):
+        before = scheme.action(arrived)
+        add(time, chunk, arrived)
+        if before is not None:
+            found.append(float(np.abs(scheme.action(arrived) - before).max()))
+
+    scheme.add = watched
+    return found
+
+
+@pytest.mark.parametrize("servo_hz", [RATE, SERVO])
+def test_a_policy_that_heeds_the_plan_goes_on_from_it(servo_hz) -> None:
+    """Asked anew, it goes to the other side each time: without the plan the actions jump where a chunk arrives."""
+    told = []
+
+    def decide(obs, plan=None):
+        told.append(plan)
+        goal = np.full((8, 2), 0.5 if len(told) % 2 else -0.5, np.float32)
+        return goal if plan is None else plan.weight[:, None] * plan.previous + (1 - plan.weight[:, None]) * goal
+
+    wide = Limits(LIMITS.low, LIMITS.high)
+    for scheme in (RecedingHorizon(execute=4, mask="exp"), RecedingHorizon(execute=4)):
+        told.clear()
+        found = jumps(scheme)
+        code, _, _, _ = run(decide, scheme=scheme, delay_s=0.03, servo_hz=servo_hz, limits=wide, seconds=1.0)
+        assert code == Exit.DONE
+        assert told[0] is None
+        assert all((plan is None) == (scheme.mask is None) for plan in told[1:])
+        assert len(found) >= 9
+        assert found == pytest.approx([0.0 if scheme.mask else 1.0] * len(found), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [InLine, Threaded])
+def test_a_policy_in_line_and_in_a_thread_is_told_the_plan(kind) -> None:
+    plan = Plan(np.full((3, 2), 2.0, np.float32), np.array([1.0, 0.5, 0], np.float32))
+    inference = kind(lambda obs, plan=None: obs if plan is None else obs + plan.weight @ plan.previous)
+    for told, wanted in ((None, 1.0), (plan, 4.0)):
+        inference.ask(0.0, np.ones(2, np.float32), told)
+        while (answer := inference.answer()) is None:
+            pass
+        assert answer.chunk == pytest.approx([wanted] * 2)
+    if kind is Threaded:
+        inference.close()
+
+
+# --- the screen -----------------------------------------------------------------------------------------------------
+
+
+class Stream(io.StringIO):
+    """A stream that is a terminal, or a file; `stuck` until it is let go."""
+
+    def __init__(self, terminal, free=None) -> None:
+        super().__init__()
+        self.terminal, self.free = terminal, free
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text) -> int:
+        if self.free is not None:
+            self.free.wait()
+        return super().write(text)
+
+
+@pytest.mark.parametrize(("terminal", "wanted"), [
+    (True, "started\none\r\x1b[Ktwo\r\x1b[Khold\nthree\n"), (False, "started\none\ntwo\nhold\nthree\n")])
+def test_a_renewed_line_stands_below_those_that_stay(terminal, wanted) -> None:
+    stream = Stream(terminal)
+    screen = Screen(stream)
+    screen.say("started")
+    screen.show("one")
+    screen.show("two")
+    screen.say("hold")
+    screen.show("three")
+    screen.close()
+    assert stream.getvalue() == wanted
+
+
+def test_a_terminal_that_takes_nothing_does_not_stop_the_loop() -> None:
+    free = threading.Event()
+    stream = Stream(True, free)
+    screen = Screen(stream)
+    loop = threading.Thread(target=lambda: [screen.show("x" * 500 + str(number)) for number in range(1000)])
+    loop.start()
+    loop.join(timeout=5)
+    waits = loop.is_alive()
+    free.set()
+    assert not waits
+    screen.close()
+    assert 2 <= stream.getvalue().count("\r") <= 110  # what was waiting
+    assert "x" * 500 not in stream.getvalue()  # a line that would wrap could not be replaced

@@ -103,6 +103,25 @@ def test_a_policy_reaches_its_goal_on_the_twin(package, deployed) -> None:
     np.testing.assert_allclose(truth[-1]["position"], GOAL, atol=0.1)
 
 
+def test_places_are_commanded_at_the_servo_rate_and_the_state_is_on_the_screen(package, tmp_path, capsys) -> None:
+    words = [str(package), "--robot", "twin", f"record={tmp_path / 'truth.jsonl'}", "--servo-hz", "200", "--status",
+             "--scheme", "ensemble", "--execute", "1", "--seconds", "1.5", "--max-age", "1"]
+    assert main([*words, "--log", str(tmp_path / "log"), "--json"]) == 0
+    printed = capsys.readouterr()
+    log = list(read(tmp_path / "log"))
+    assert (log[0]["settings"]["rate_hz"], log[0]["settings"]["servo_hz"]) == (50, 200)
+    assert log[0]["scheme"] == "ensemble"
+    ticks = [record for record in log if "tick" in record]
+    assert ticks[-1]["tick"] > 280  # of 1.5 s at 200 Hz, whatever was left out
+    truth = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text().splitlines()]
+    assert len(truth) > 150  # the arm's servos are updated as often; at 50 Hz it would have 75 steps and a few
+    lines = [line for line in printed.err.splitlines() if line.startswith("tick ")]
+    assert 3 <= len(lines) <= 7
+    assert all(" Hz  missed " in line and " ms old" in line for line in lines[1:])
+    assert any("running" in line for line in lines)
+    assert json.loads(printed.out)["meaning"] == "done"
+
+
 @pytest.mark.parametrize(("fault", "options", "code", "word"), [
     ("stop=0.3:0.1", (), Exit.EMERGENCY_STOP, "emergency stop"),
     ("freeze=0.3:9", ("--max-unchanged", "0.15"), Exit.BLIND, "has not changed"),
@@ -166,7 +185,7 @@ def arm(tmp_path, decide, *, during=lambda twin: None, seconds=9.0, execute=4, *
     limits = limits_of(LIMITS, np.full(3, -2.6), np.full(3, 2.6), RATE, twin.names)
     settings = Settings(rate_hz=RATE, ramp_s=0.1, watchdog=Watchdog(observation_age_s=0.25, hold_s=0.3, **ages))
     loop = Controller(twin, Threaded(decide), RecedingHorizon(execute), SafetyFilter(limits, 1 / RATE),
-                      Tagged(log, twin), clock, settings)
+                      Tagged(log, twin, print), clock, settings)
     during(process)
     try:
         code = loop.run(seconds)
@@ -266,6 +285,13 @@ def test_what_does_not_fit_is_refused_with_2_before_the_robot_moves(package, tmp
         f"{package} --robot twin world=environment": "world must be arm",
         f"{package} --robot twin port=1 seed=3": "give only port=",
         f"{package} --robot twin --rate 0": "--rate must be positive",
+        f"{package} --robot twin --servo-hz 20": "servo_hz must be at least rate_hz (50.0), got 20.0",
+        f"{package} --robot twin --servo-hz inf": "servo_hz must be at least rate_hz",
+        f"{package} --robot twin --servo-hz 300": "the twin did not start",
+        f"{package} --robot twin --servo-hz 80 --rest zero": 'say between="hold"',
+        f"{package} --robot twin --servo-hz 80 --rest zero --between spread": "must be a multiple of rate_hz",
+        f"{package} --robot twin --scheme rtc": "export the run again with --real-time-chunking",
+        f"{package} --robot twin --execute 0": "execute must be at least 1",
         f"{package} --robot own_robots:nothing": "without observe, command, emergency_stop_pressed",
         f"{package} --robot own_robots:missing": "has no function 'missing'",
         f"{package} --robot no_module:robot": "no module named 'no_module'",

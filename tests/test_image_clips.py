@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +18,7 @@ from tiny_pipelines import geometry, save
 
 from diffalign import config
 from diffalign.algorithms import AWM, DiffusionNFT, FlowGRPO, GRPOGuard, SePPO
+from diffalign.cli import report
 from diffalign.diffusion import ODE, FlowSDE, Schedule, TrainedSteps
 from diffalign.policy.protocols import select_rows
 from diffalign.rl.advantages import GroupNormalized
@@ -24,7 +29,7 @@ from diffalign.train.preferences import Pairs, prefer
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign.train.supervised import Pretraining, fresh_state
-from diffalign_image.evaluate import Drawn, contact_sheet, save_grid
+from diffalign_image.evaluate import Drawn, contact_sheet, save_film, save_grid
 from diffalign_image.families import FAMILIES
 from diffalign_image.finetuning import ImageFinetune, PipelineSource, PromptEvaluation
 from diffalign_image.guidance import Guidance
@@ -129,6 +134,32 @@ def test_a_clip_job_scores_clips_and_frames_and_draws_contact_sheets(folder: Pat
     assert json.loads((run.path / "evaluations/after.json").read_text())["kl_nats"] > 0
     with Image.open(run.path / "samples" / "after.png") as sheet:
         assert sheet.size == (3 * (96 + 4), 4 * (96 + 44))  # 3 frames of 8 pixels, enlarged, of 4 clips
+    assert played(run.path / "samples" / "after.mp4")[:2] == (3, (4 * 8, 8))
+    made = job.sample(run, tmp_path, seed=1, count=2)
+    assert [path.name for path in made] == ["before.png", "before.mp4", "after.png", "after.mp4"]
+    assert played(made[-1])[:2] == (3, (2 * 8, 8))
+    assert "data:video/mp4;base64," in report.write(run.path).read_text()
+
+
+def played(film: Path) -> tuple[int, tuple[int, int], float, np.ndarray]:
+    """(frames, (width, height), frames a second, pixels [frames, height, width, 3]) as a player decodes them."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(film), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    width, height, rate = re.search(r"Video: h264.* (\d+)x(\d+).*?([\d.]+) fps", done.stderr.decode()).groups()
+    pixels = np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3)
+    return len(pixels), (int(width), int(height)), float(rate), pixels
+
+
+@pytest.mark.parametrize("rate", [16, 25])
+def test_a_film_plays_every_frame_of_the_clips_side_by_side(tmp_path: Path, rate: int) -> None:
+    """Two clips of 5 frames of 24 x 40 pixels, each of one gray: 40, 60, ... and 200, 180, ..."""
+    bright, dark = 40 + 20 * torch.arange(5.0), 200 - 20 * torch.arange(5.0)
+    gray = torch.stack([bright, dark]) / 127.5 - 1
+    drawn = Drawn(gray[:, :, None, None, None].expand(2, 5, 3, 24, 40), ["one", "two"])
+    frames, size, fps, pixels = played(save_film(drawn, tmp_path / "film.mp4", frame_rate=rate))
+    assert (frames, size, fps) == (5, (80, 24), rate)
+    seen = torch.tensor(pixels[:, 12, [20, 60], 0].copy()).float()
+    torch.testing.assert_close(seen, torch.stack([bright, dark], 1), atol=4.0, rtol=0)
 
 
 def test_rows_do_not_depend_on_the_lengths_of_others(folder: Path) -> None:

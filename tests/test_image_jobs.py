@@ -380,6 +380,16 @@ def test_preference_learning_moves_the_model_and_resumes_exactly(base: Path, tmp
     assert lines(whole.path, "eval")[-1] == lines(part.path, "eval")[-1]
 
 
+def test_opponents_are_drawn_with_steps_of_their_own_and_evaluations_are_not(base: Path, tmp_path: Path) -> None:
+    """Of another count of steps the losers differ and nothing else: the first evaluation is the same."""
+    runs = [start(tmp_path / name, preference_job(base, 2, opponents=opponents, evaluate_every=None)).path
+            for name, opponents in (("none", None), ("same", Schedule(steps=3)), ("more", Schedule(steps=6)))]
+    before = [json.loads((run / "evaluations" / "before.json").read_text()) for run in runs]
+    assert before[0] == before[1] == before[2]
+    kl = [json.loads((run / "evaluations" / "after.json").read_text())["kl_nats"] for run in runs]
+    assert kl[0] == kl[1] != kl[2]
+
+
 def test_pairs_are_the_best_and_the_worst_of_their_caption(base: Path) -> None:
     models = Models.load(str(base), Schedule(steps=3), CPS())
     plan = BestAndWorst(reward=Jpeg(), prompts=5, samples_per_prompt=4)

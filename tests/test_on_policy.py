@@ -340,3 +340,19 @@ def test_learning_rates_fall_by_a_cosine_and_stay_at_zero():
     assert moved[4:] == [0, 0]
     with pytest.raises(ValueError, match="decay_iterations must be at least 1"):
         Optimization(decay_iterations=0)
+
+
+def test_a_window_slides_with_the_updates_of_the_state():
+    """MixGRPO: two steps after every update, within 0..4; a state restored at update 5 goes on from there."""
+    for begun, expected in ((0, [0, 2, 0, 2]), (5, [2, 0, 2, 0])):
+        seen = []
+
+        def record(rollout, seen=seen):
+            seen.append(rollout.trajectory.trained.nonzero().flatten().tolist())
+            return rollout
+
+        policy, state = setup(FlowSDE(), trained=TrainedSteps(stop=4, size=2, move_every=1, stride=2,
+                                                              ode_elsewhere=True))
+        state.step = begun
+        run(FlowGRPO().compose(), policy, Constant(PromptBandit(), record), state, 4)
+        assert seen == [[first, first + 1] for first in expected]

@@ -299,3 +299,16 @@ def test_the_command_converts_and_checks(data, tmp_path, capsys):
     formats.write(twice, f"run:{tmp_path / 'twice'}")
     assert main(["data", "check", str(tmp_path / "twice"), "--out", str(page)]) == 1
     assert "problem: episode 1 has the very actions of episode 0" in capsys.readouterr().out
+
+
+def test_parts_are_named_anew(data, tmp_path, capsys):
+    formats.write(data, f"run:{tmp_path / 'run'}")
+    convert = ["data", "convert", str(tmp_path / "run"), "--to"]
+    assert main([*convert, f"run:{tmp_path / 'new'}", "--parts", "state=2,environment_state=4"]) == 0
+    again = formats.read(tmp_path / "new")
+    same(data, again, keys=False)
+    assert dict(again.keys) == {"state": 2, "environment_state": 4}
+    for parts, said in (("state=2", "do not make up 6 numbers"), ("state:6", "--parts must be NAME=WIDTH"),
+                        ("=6", "--parts must be NAME=WIDTH"), ("state=2,x", "--parts must be NAME=WIDTH")):
+        assert main([*convert, f"run:{tmp_path / 'wrong'}", "--parts", parts]) == 2
+        assert said in capsys.readouterr().err

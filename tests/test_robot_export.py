@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_robot_jobs import QUICK, TOY, open_run, wandering_expert
@@ -33,6 +35,7 @@ from diffalign.train.statistics import wilson
 from diffalign.train.supervised import Pretraining
 from diffalign_controller import policy as runtime
 from diffalign_controller import rehearsal
+from diffalign_controller.inference import Plan
 from diffalign_controller.log import read
 from diffalign_controller.loop import Exit
 from diffalign_robot import export
@@ -46,6 +49,7 @@ from diffalign_robot.graphs import record
 from diffalign_robot.jobs import RobotBC, RobotOffPolicy
 from diffalign_robot.parity import difference, random_observations
 from diffalign_robot.queued import QueuedBase
+from diffalign_robot.recordings import episodes as episodes_of
 from diffalign_robot.rehearsal import rehearse
 from diffalign_robot.runs import add_noise, build_policy, steer
 from diffalign_robot.vector import ChunkVectorEnv
@@ -166,12 +170,29 @@ def test_a_chain_with_real_time_chunking_is_pulled_towards_the_old_chunk(base, t
     assert difference(policy, decide, obs, generator)["max_abs_difference"] <= 1e-4
     drawn = policy.draw(200, generator)
     free = plain(obs, drawn["noise"])
+    shapes = {name: list(shape) for name, shape in policy.shapes.items()}
+    write_manifest(tmp_path, shapes, [1, TA, DA])
+    package, noise = runtime.Policy(tmp_path, seed=4), np.random.default_rng(4).standard_normal((1, TA, DA), np.float32)
+    plan = Plan(drawn["previous"][0].numpy(), drawn["weight"][0].numpy())
+    for told, wanted in ((None, plain(obs[:1], torch.from_numpy(noise))),
+                         (plan, policy(obs[:1], torch.from_numpy(noise), previous=drawn["previous"][:1],
+                                       weight=drawn["weight"][:1]))):
+        package.reset(4)
+        np.testing.assert_allclose(package.decide(obs[0].numpy(), told), wanted[0], atol=1e-4)
     torch.testing.assert_close(policy(obs, **{**drawn, "weight": torch.zeros(200, TA)}), free, atol=1e-5, rtol=0)
     first = torch.tensor([1.0, 0.0]).repeat(200, 1)  # the first action will be executed, the second is free
     held = policy(obs, **{**drawn, "weight": first})
     apart, before = ((chunk - drawn["previous"]).abs().mean((0, 2)) for chunk in (held, free))
     assert apart[0] < 0.4 * before[0]
     assert apart[1] > 0.6 * before[1]
+
+
+def write_manifest(folder, inputs, output) -> None:
+    """Beside a graph that was written without a run."""
+    content = {"format": runtime.FORMAT, "inputs": [{"name": name, "shape": shape} for name, shape in inputs.items()],
+               "outputs": [{"name": "chunk", "shape": output}], "action": {"low": [None] * DA, "high": [None] * DA},
+               "sha256": {"policy.onnx": hashlib.sha256((folder / "policy.onnx").read_bytes()).hexdigest()}}
+    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def test_given_noise_is_the_chain_that_act_draws(base) -> None:
@@ -206,10 +227,6 @@ def test_what_no_graph_can_hold_is_refused_by_name(tmp_path) -> None:
         ExportedPolicy(small_policy(), chunking=True)
     with pytest.raises(ValueError, match="a steered policy chooses its chunk by the start"):
         ExportedPolicy(evaluation_policy(steered(small_policy()), "ode"), chunking=True)
-    looking_back = small_policy()
-    looking_back.denoiser.history = 2
-    with pytest.raises(ValueError, match="a history of 2 observations cannot be exported"):
-        ExportedPolicy(looking_back)
     examples = {"x": torch.ones(2)}
     with pytest.raises(ValueError, match="draws random numbers inside"):
         record(lambda x: x + torch.randn(2), examples)
@@ -305,6 +322,8 @@ def test_the_same_seed_gives_the_same_chunks(runs) -> None:
     assert not np.array_equal(policy.decide(obs), first)
     with pytest.raises(ValueError, match=r"reads observations of shape \(2,\), got \(3,\)"):
         policy.decide(np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="without real-time chunking and cannot be told a plan"):
+        policy.decide(obs, Plan(first, np.ones(TA, np.float32)))
     with pytest.raises(ValueError, match="feature 1 of the observation is not finite"):
         policy.decide(np.array([0, np.nan], np.float32))
 
@@ -457,6 +476,9 @@ def test_a_lower_precision_is_smaller_and_says_how_far_it_is(precision, worst, r
         assert 1e-4 < report["parity"][name]["max_abs_difference"] < worst  # in units of a box of width 2
         assert report["parity"][name]["mean_abs_difference"] < worst / 10
     assert report["graph"]["bytes"] < full["graph"]["bytes"]
+    graph = onnx.load(tmp_path / "package/policy.onnx").graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read  # the weights that were replaced are gone
     chunk = runtime.Policy(tmp_path / "package", seed=1).decide(np.zeros(DO, np.float32))
     np.testing.assert_allclose(chunk, runtime.Policy(root / "package", seed=1).decide(np.zeros(DO, np.float32)),
                                atol=worst)
@@ -527,7 +549,7 @@ def test_a_controller_is_played_beside_its_run(runs, tmp_path, capsys, monkeypat
     assert "pip install ./robot/controller" in capsys.readouterr().err
 
 
-def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path) -> None:
+def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path, capsys, monkeypatch) -> None:
     goal = Gymnasium(id="toy_env:ToyGoalPoint-v0", horizon=10, keys=("desired_goal", "achieved_goal"))
     episodes = list(collect(goal, lambda: lambda obs: 0.1 * (1 - obs[3:]), seeds=[0, 1, 2], action_noise=0.3,
                             noise_seed=0))
@@ -543,6 +565,16 @@ def test_a_dict_observation_is_exported_as_its_keys_in_order(tmp_path) -> None:
     assert manifest["environment"]["keys"] == ["desired_goal", "achieved_goal"]
     chunking = ["--real-time-chunking", "--sampler", "ode"]
     assert main(["export", str(tmp_path / "bc"), "--to", str(tmp_path / "chunking"), *chunking]) == 0
+    monkeypatch.chdir(tmp_path)
+    deployed = ["chunking", "--robot", "twin", "--rate", "5", "--max-age", "2", "--max-inference", "2"]
+    rtc = ["--scheme", "rtc", "--execute", "1", "--servo-hz", "20", "--seconds", "1"]
+    assert main(["deploy", *deployed, *rtc]) == 0
+    assert main(["deploy", *deployed, "--servo-hz", "20", "--between", "spread"]) == 2
+    assert "spread would move it 0.25 times as far" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds commands between the actions of a policy of 5 Hz"):
+        list(episodes_of(read(Path("logs/chunking"))))
+    again = rehearse(Run(tmp_path / "bc"), job, tmp_path / "chunking", seed=0, episodes=3, sampler="ode")
+    assert again["same_outcome"] == 3
     inputs = json.loads((tmp_path / "chunking/manifest.json").read_text())["inputs"]
     assert [entry["name"] for entry in inputs] == ["obs", "noise", "previous", "weight"]
     assert "1 (will be executed) to 0 (free)" in inputs[-1]["meaning"]

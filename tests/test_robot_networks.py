@@ -11,7 +11,7 @@ from diffalign.policy.normalize import Normalizer
 from diffalign.train.supervised import Pretraining, fit, fresh_state
 from diffalign_robot.choices import ChunkMLP, ChunkTransformer, ChunkUNet
 from diffalign_robot.cloning import demonstration_batches
-from diffalign_robot.networks import ChunkDenoiser
+from diffalign_robot.networks import ChunkDenoiser, build_network
 from diffalign_robot.runs import build_policy
 from diffalign_robot.transformer import AdaLNBlock, Transformer
 from diffalign_robot.unet import UNet
@@ -32,7 +32,8 @@ def woken(module):
 
 def denoiser(network, chunk=4, obs=None, **options):
     torch.manual_seed(0)
-    return ChunkDenoiser(network, chunk, obs or Normalizer(3), Normalizer(2), **options)
+    obs = obs or Normalizer(3)
+    return ChunkDenoiser(build_network(network, (chunk, 2), len(obs.shift)), chunk, obs, Normalizer(2), **options)
 
 
 @EACH

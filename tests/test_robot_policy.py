@@ -15,7 +15,7 @@ from diffalign.policy.normalize import Normalizer
 from diffalign_robot.choices import ChunkMLP, Gymnasium, MetaWorld
 from diffalign_robot.demos import Demonstrations, collect, join, scripted_expert
 from diffalign_robot.evaluate import evaluate, evaluation_policy, seeds_for
-from diffalign_robot.networks import ChunkDenoiser
+from diffalign_robot.networks import ChunkDenoiser, build_network
 from diffalign_robot.runs import build_policy
 from diffalign_robot.source import EnvSource, episode_seeds
 from diffalign_robot.vector import ChunkVectorEnv
@@ -111,13 +111,13 @@ def test_the_denoiser_reads_chunk_time_and_normalized_observation():
     observations.shift.copy_(torch.tensor([3.0, -1.0]))
     observations.scale.copy_(torch.tensor([2.0, 0.5]))
     torch.manual_seed(0)
-    net = ChunkDenoiser(ChunkMLP(width=16, blocks=2), 3, observations, Normalizer(4))
+    net = ChunkDenoiser(build_network(ChunkMLP(width=16, blocks=2), (3, 4), 2), 3, observations, Normalizer(4))
     x, t, obs = torch.randn(5, 3, 4), torch.rand(5), torch.randn(5, 2)
     out = net(x, t, {"obs": obs})
     assert out.shape == (5, 3, 4)
     assert not torch.allclose(out, net(x, t / 2, {"obs": obs}))
     assert not torch.allclose(out, net(x, t, {"obs": obs + 1}))
-    plain = ChunkDenoiser(ChunkMLP(width=16, blocks=2), 3, Normalizer(2), Normalizer(4))
+    plain = ChunkDenoiser(build_network(ChunkMLP(width=16, blocks=2), (3, 4), 2), 3, Normalizer(2), Normalizer(4))
     plain.net.load_state_dict(net.net.state_dict())
     torch.testing.assert_close(plain(x, t, {"obs": (obs - observations.shift) / observations.scale}), out)
 

@@ -69,6 +69,31 @@ def test_windows_that_do_not_fit(size, generator):
         TrainedSteps(start=3, size=size).draw(6, generator)
 
 
+def test_a_sliding_window_moves_by_its_stride_and_rolls_back():
+    """Range 1..6, window 2, stride 2, a move after every 3 updates: places 1 and 3, then 1 again (5 does not fit)."""
+    trained = TrainedSteps(start=1, stop=6, size=2, move_every=3, stride=2, ode_elsewhere=True)
+    for update, first in ((0, 1), (2, 1), (3, 3), (5, 3), (6, 1), (9, 3)):
+        then = trained.at(update, 8)
+        assert then.ode_elsewhere
+        assert then.draw(8, torch.Generator()).nonzero().flatten().tolist() == [first, first + 1]
+    assert torch.equal(trained.draw(8, torch.Generator()), trained.at(0, 8).draw(8, torch.Generator()))
+    last = [TrainedSteps(size=4, move_every=25).at(25 * k, 25).start for k in (21, 22)]
+    assert last == [21, 0]  # MixGRPO: 22 places for a window of 4 in 25 steps
+
+
+def test_windows_that_do_not_slide_stay_what_they_are():
+    for trained in (TrainedSteps(), TrainedSteps(size=2), TrainedSteps(start=-3)):
+        assert trained.at(7, 8) is trained
+
+
+@pytest.mark.parametrize("options", [{"move_every": 0, "size": 2}, {"move_every": 3}, {"stride": 0}])
+def test_sliding_refusals(options):
+    with pytest.raises(ValueError, match=r"move_every must be at least 1 or null and moves a window|stride must be at"):
+        TrainedSteps(**options)
+    with pytest.raises(ValueError, match="a window of 7 steps does not fit the trained range of 6"):
+        TrainedSteps(size=7, move_every=1).at(0, 6)
+
+
 def test_concatenate_keeps_rows_in_order_and_refuses_mixed_windows(generator):
     policy = toy_policy(MLPDenoiser(), FlowSDE(), steps=4)
     parts = [policy.act({"obs": torch.full((n, 1), float(n))}, generator=generator).trajectory for n in (2, 3)]

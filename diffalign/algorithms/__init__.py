@@ -8,6 +8,7 @@ from pydantic import Field
 from diffalign.algorithms.awm import AWM
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.algorithms.dpo import DPO
+from diffalign.algorithms.dpok import DPOK
 from diffalign.algorithms.dppo import DPPO
 from diffalign.algorithms.dsrl import DSRL
 from diffalign.algorithms.expo import EXPO
@@ -23,11 +24,11 @@ from diffalign.algorithms.rerank import Rerank
 from diffalign.algorithms.residual import ResidualRL
 from diffalign.algorithms.seppo import SePPO
 
-Algorithm = Annotated[DDPO | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT | ORW | NoisePPO | ReinFlow | FPO |
-                      FPOPlus, Field(discriminator="type")]
+Algorithm = Annotated[DDPO | DPOK | FlowGRPO | GRPOGuard | DPPO | AWM | DiffusionNFT | ORW | NoisePPO | ReinFlow |
+                      FPO | FPOPlus, Field(discriminator="type")]
 PreferenceAlgorithm = Annotated[SePPO | DPO, Field(discriminator="type")]
 OffPolicyAlgorithm = Annotated[DSRL | ResidualRL | EXPO | Rerank, Field(discriminator="type")]
 
-__all__ = ["AWM", "DDPO", "DPO", "DPPO", "DSRL", "EXPO", "FPO", "ORW", "Algorithm", "DiffusionNFT", "FPOPlus",
-           "FlowGRPO", "GRPOGuard", "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow", "Rerank",
-           "ResidualRL", "SePPO"]
+__all__ = ["AWM", "DDPO", "DPO", "DPOK", "DPPO", "DSRL", "EXPO", "FPO", "ORW", "Algorithm", "DiffusionNFT",
+           "FPOPlus", "FlowGRPO", "GRPOGuard", "NoisePPO", "OffPolicyAlgorithm", "PreferenceAlgorithm", "ReinFlow",
+           "Rerank", "ResidualRL", "SePPO"]

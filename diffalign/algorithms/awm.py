@@ -3,7 +3,7 @@
 The pre-training loss on the policy's own clean samples is the (negative) log-likelihood, so any sampler may be used
 for rollouts, the ODE included. On-policy the gradient is A grad of minus the loss; negative advantages make it
 concave, so a proximal term to the averaged weights (ema_velocity, the authors' ema_beta = 1) holds it.
-Departures: advantages are not divided by 5 (a learning-rate factor); ghuber weighting is not offered. The surrogate is
+Departures: advantages are not divided by 5 (a learning-rate factor). The surrogate is
 summed over the event (nats) while the velocity penalties are means over it: the authors' ema_beta = 1 is
 ema_velocity = D here, and DiffusionNFT's proximal strength (beta = 1) about 25 D.
 """

@@ -98,11 +98,23 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """`diffalign export RUN --to DIR`: a controller package with its parity and latency report."""
+    """`diffalign export RUN --to DIR`: a controller package with its parity and latency report.
+
+    `--to FORMAT:DIR` writes the policy in the format of the program that it was imported from.
+    """
     prepare(args.threads)
     run, job = jobs.open_run(Path(args.run))
+    from diffalign_robot.evaluate import evaluation_policy
     from diffalign_robot.export import Packing, export_run
+    from diffalign_robot.native import formats, saving
 
+    native = formats.place(args.to)
+    if native is not None:
+        exportable = _exportable(job, run)
+        policy = evaluation_policy(exportable.trained_policy(run), args.sampler or exportable.evaluation.sampler)
+        result = saving.write(native[0], policy, run.path, native[1])
+        print(json.dumps(result) if args.json else readable(result))
+        return 0
     packing = Packing(args.precision, args.archive, args.real_time_chunking, args.tolerance)
     result = export_run(run, _exportable(job, run), Path(args.to), packing, sampler=args.sampler)
     archive = {f"{name} (policy.pt2)": value for name, value in result.get("archive_parity", {}).items()}

@@ -25,6 +25,8 @@ def data(args: argparse.Namespace) -> int:
 
     source = Path(args.source)
     found = formats.read(source)
+    if args.parts:
+        found = replace(found, keys=_parts(args.parts))
     if args.keys:
         found = found.select(args.keys.split(","))
     if args.rate_hz is not None:
@@ -44,6 +46,13 @@ def data(args: argparse.Namespace) -> int:
     print(json.dumps(result) if args.json else _text(result))
     say(f"report {page}")
     return 1 if result["problems"] else 0
+
+
+def _parts(text: str) -> dict[str, int]:
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name and width.isdecimal() for name, _, width in parts):
+        raise ValueError(f"--parts must be NAME=WIDTH,..., e.g. state=4,environment_state=35, got {text!r}")
+    return {name: int(width) for name, _, width in parts}
 
 
 def _text(result: Mapping[str, Any]) -> str:

@@ -17,12 +17,14 @@ from diffalign.cli.errors import install_line
 
 # extra -> modules whose import proves it; tensorboard is imported through torch, its consumer
 EXTRAS = {
-    "image": ("diffusers", "transformers", "PIL", "peft", "accelerate"),
+    "image": ("diffusers", "transformers", "PIL", "peft", "accelerate", "imageio", "imageio_ffmpeg"),
+    "rewards": ("open_clip", "rapidocr"),
     "robot": ("gymnasium", "mujoco", "metaworld", "imageio", "imageio_ffmpeg"),
     "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
     "wandb": ("wandb",),
     "lerobot": ("lerobot",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "dds": ("cyclonedds",),
     "data": ("h5py", "zarr", "minari"),
     "fetch": ("gymnasium_robotics",),
     "pusht": ("gym_pusht",),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Sampler = Literal["stochastic", "zero_noise", "ode"]
 # Known without importing an adapter; tests/test_cli.py asserts that each adapter's JOBS are exactly these.
 JOB_TYPES = {
-    "robot": ("robot_collect", "robot_bc", "robot_align", "robot_off_policy",
+    "robot": ("robot_collect", "robot_bc", "robot_import", "robot_align", "robot_off_policy",
               "robot_preference", "robot_compose", "robot_recordings"),
     "image": ("image_pretrain", "image_align", "image_preference", "image_compose", "image_best_of",
               "image_finetune"),

@@ -111,7 +111,9 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder with a robot policy")
-    parser.add_argument("--to", metavar="DIR", required=True, help="folder of the package; must be empty or not exist")
+    to = ("folder of the package, must be empty or not exist; lerobot:DIR writes an imported policy back in the format "
+          "it came in")
+    parser.add_argument("--to", metavar="DIR", required=True, help=to)
     sampler = "how actions are drawn from the policy (default: as the recipe evaluates)"
     parser.add_argument("--sampler", choices=["stochastic", "zero_noise", "ode"], help=sampler)
     precision = "of the networks' products and weights; fp16 and int8 report their difference (default: %(default)s)"
@@ -129,6 +131,8 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     known = "a run folder, robomimic .hdf5, LeRobotDataset v3 folder, Minari folder or Diffusion Policy .zarr"
     parser.add_argument("source", metavar="SRC", help=known)
     parser.add_argument("--to", metavar="FORMAT:PATH", help="convert: run:, robomimic: or lerobot: and a path")
+    parts = "name the observation's parts anew, e.g. state=4,environment_state=35 (lerobot's policies want both)"
+    parser.add_argument("--parts", metavar="A=N,B=M", help=parts)
     parser.add_argument("--keys", metavar="A,B", help="only these parts of the observation, in this order")
     parser.add_argument("--rate-hz", type=float, metavar="N", help="control steps a second, where SRC does not say")
     parser.add_argument("--out", metavar="FILE", help="check: the report (default: <name of SRC>-check.html)")

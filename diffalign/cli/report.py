@@ -129,7 +129,8 @@ def _headline(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _media(run: Path) -> str:
-    found = [*sorted((run / "samples").glob("*.png")), *sorted((run / "videos").glob("*.mp4"))]
+    folders = [(run / "samples", "*.png"), (run / "samples", "*.mp4"), (run / "videos", "*.mp4")]
+    found = [path for folder, names in folders for path in sorted(folder.glob(names))]
     pair = sorted((path for path in found if _role(path)), key=lambda path: (path.suffix, -len(_role(path)), path.name))
     rest = [path for path in found if path not in pair]
     if not found:

@@ -25,11 +25,14 @@ from diffalign.policy.steering import Steers
 class DiffusionPolicy:
     """A stochastic policy whose action is the end of a denoising chain (DDPO, sec. 4; DPPO, sec. 4).
 
-    event: shape of one action, e.g. (3, 32, 32) or (chunk, action_dim). clip_x0 clamps the predicted x0 to
-    +-clip_x0 and re-derives eps, as DPPO does for normalized actions. zero_noise starts the chain at the start's mean
-    (x = 0 unless it is steered) instead of a draw (an evaluation choice).
+    event: shape of what is denoised, e.g. (3, 32, 32) or (chunk, action_dim). clip_x0 clamps the predicted x0 to
+    +-clip_x0 and re-derives eps, as DPPO does for normalized actions; with clipped_eps False the eps of the
+    network stays (diffusers' DDIM). zero_noise starts the chain at the start's mean (x = 0 unless it is steered)
+    instead of a draw (an evaluation choice). executed: the entries [first, last) of the event's first axis that are
+    the action, None for all; the others are denoised with it and thrown away (Diffusion Policy's horizon).
 
-    Raises: ValueError if the kernel is only right on the flow path and the path is another one.
+    Raises: ValueError if the kernel is only right on the flow path and the path is another one, or if the executed
+    entries do not lie in the event.
     """
 
     denoiser: Denoiser
@@ -40,8 +43,12 @@ class DiffusionPolicy:
     trained: TrainedSteps = field(default_factory=TrainedSteps)
     clip_x0: float | None = None
     zero_noise: bool = False
+    clipped_eps: bool = True
+    executed: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.executed is not None and not 0 <= self.executed[0] < self.executed[1] <= self.event[0]:
+            raise ValueError(f"the executed entries {self.executed} do not lie in an event of {self.event[0]}")
         if self.kernel.flow_only and not isinstance(self.path, FlowPath):
             raise ValueError(f"{type(self.kernel).__name__} is derived for the flow path, got {self.path}; "
                              "use DDPM, DDIM(eta > 0) or CPS on other paths")
@@ -59,7 +66,8 @@ class DiffusionPolicy:
         x0, eps = convert(self.denoiser.prediction, self.denoiser(x, t, cond), x, level)
         if self.clip_x0 is not None:
             x0 = x0.clamp(-self.clip_x0, self.clip_x0)
-            eps = (x - level.alpha * x0) / level.sigma
+            if self.clipped_eps:
+                eps = (x - level.alpha * x0) / level.sigma
         return x0, eps
 
     def step(self, x: Float[Tensor, "M *E"], t: Float[Tensor, "M"], t_next: Float[Tensor, "M"],
@@ -86,6 +94,10 @@ class DiffusionPolicy:
         if isinstance(self.denoiser, Steers):
             return self.denoiser.start(self.encoded(cond))
         return standard_normal(num_rows(cond), self.event, next(iter(cond.values())).device)
+
+    def during(self, update: int) -> DiffusionPolicy:
+        """The policy with the trained steps that the update of this number (0 = first) has."""
+        return replace(self, trained=self.trained.at(update, self.schedule.steps))
 
     def encoded(self, cond: Cond) -> Cond:
         """The condition as the denoiser encodes it; give it to `predict` and `step` to encode only once."""
@@ -141,4 +153,4 @@ class DiffusionPolicy:
             log_probs.append(step.log_prob(x) if scored else torch.zeros(rows, device=device))
         trajectory = DenoisingTrajectory(torch.stack(xs, 1), times, trained, torch.stack(log_probs, 1),
                                          torch.stack(means, 1), torch.stack(torch.broadcast_tensors(*stds), 1), cond)
-        return Decision(x, trajectory)
+        return Decision(x if self.executed is None else x[:, slice(*self.executed)], trajectory)

@@ -25,6 +25,7 @@ from diffalign.spec import spec
 # What a likelihood gives and a surrogate or penalty may ask for: a log-density in nats, the Gaussian denoising step of
 # the rollout policy, its error on the pre-training target, the policy's (x0, eps) predictions.
 Signal = Literal["density", "gaussian step", "old error", "prediction"]
+_SMALL = 1e-10  # keeps the gradient of a root finite; AWM's number
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,14 @@ class Matching:
     Any sampler may have made the samples. `draws` noise-time pairs per sample, shared by the old and the new policy.
     time: the sampler's own grid without its first step (AWM's discrete_wo_init), or uniform, moved towards 1 by `shift`
     s: s t / (1 + (s - 1) t) (SD3, eq. 23).
-    Unit `per_dim` of the surrogate gives AWM's mean over the event.
+    Unit `per_dim` of the surrogate gives AWM's mean over the event. weight huber and ghuber are AWM's powers p = 1/2
+    and 1/4 of the mean error l: -D (t / p) [(l + 1e-10)^p - 1e-10^p], for huber without the 1 / p; small errors count
+    more.
     """
 
     type: Literal["matching"] = "matching"
     draws: int = 4
-    weight: Literal["one", "t", "t2"] = "one"
+    weight: Literal["one", "t", "t2", "huber", "ghuber"] = "one"
     time: Literal["grid", "uniform"] = "grid"
     shift: float = 1.0
     provides: ClassVar[frozenset[Signal]] = frozenset({"old error", "prediction"})
@@ -250,9 +253,17 @@ class Matching:
         x, prediction = level.alpha * x0 + level.sigma * eps, policy.denoiser.prediction
         output = policy.denoiser(x, t, rows.cond)
         error = output - training_target(prediction, x0, eps, level)
-        weight = {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight]
         flat = policy.path.level(t, 1)
         unit = torch.ones_like(flat.alpha)
         x0_scale = convert(prediction, unit, torch.zeros_like(unit), flat)[0].abs().flatten()
-        return Scored(-weight * (error**2).flatten(1).sum(1), None, convert(prediction, output, x, level),
+        return Scored(-self._weighted((error**2).flatten(1), t), None, convert(prediction, output, x, level),
                       x0.shape[1:].numel(), error=error, x0_scale=x0_scale)
+
+    def _weighted(self, squares: Float[Tensor, "M D"], t: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
+        """The matching loss of squared errors at times t, summed over the event."""
+        total, dims = squares.sum(1), squares.shape[1]
+        if self.weight in ("huber", "ghuber"):
+            power, scale = (0.5, 1.0) if self.weight == "huber" else (0.25, 4.0)
+            rooted: Tensor = (total / dims + _SMALL) ** power - _SMALL**power
+            return dims * scale * t * rooted
+        return {"one": torch.ones_like(t), "t": t, "t2": t**2}[self.weight] * total

@@ -42,7 +42,7 @@ def optimize(pieces: OnPolicy, policy: DiffusionPolicy, source: RolloutSource, s
         seed = int(torch.randint(2**62, (1,), generator=state.generator, device=state.generator.device).item())
         collector = torch.Generator(state.generator.device).manual_seed(seed + distributed.rank())
         with _behavior(pieces, state):
-            rollout = source.collect(policy, generator=collector)
+            rollout = source.collect(policy.during(state.step), generator=collector)
             estimate, metrics = _estimate(pieces, rollout, state)
             advantage = estimate.advantage.flatten()
             decisions = _decisions(pieces, advantage)

@@ -30,6 +30,7 @@ from diffalign_image.pretrained import Model, Pretrained, report
 from diffalign_image.prompts import Prompt, read_prompts
 from diffalign_image.rewards import TrainingReward
 from diffalign_image.runs import chosen_sampler, drive, newest_checkpoint, refuse_critic, require_positive
+from diffalign_image.throughput import Utilization
 
 
 @spec
@@ -59,7 +60,8 @@ class ImageFinetune:
     prompts: a text file with one prompt a line, or JSONL with `prompt` and `metadata`; every prompt is drawn once
     before any is drawn again. One iteration makes prompts_per_update x images_per_prompt images; with shared_noise
     those of a prompt start from the same noise. kernel, schedule and trained are the sampler of the rollouts;
-    evaluations sample the ODE on the same schedule. reward_workers: threads that measure rewards while the next
+    evaluations sample the ODE on the same schedule. peak_tflops: of a device, in 10^12 FLOP/s, for `mfu` in
+    throughput.jsonl; null knows H100 and H200. reward_workers: threads that measure rewards while the next
     prompts' images are drawn, 0 for none; more than 1 only for rewards that may run side by side, a service for
     example.
     """
@@ -77,6 +79,7 @@ class ImageFinetune:
     images_per_prompt: int = 8
     shared_noise: bool = False
     reward_workers: int = 1
+    peak_tflops: float | None = None
     guard: Guard = Guard()
     iterations: int
     evaluation: PromptEvaluation = PromptEvaluation()
@@ -97,6 +100,8 @@ class ImageFinetune:
                              "guard.stop.velocity_ratio")
         if self.reward_workers < 0:
             raise ValueError(f"reward_workers must be at least 0, got {self.reward_workers}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
         self._pieces()
         require_positive(self, "prompts_per_update", "images_per_prompt", "iterations", "checkpoint_every",
                          "evaluate_every")
@@ -124,8 +129,13 @@ class ImageFinetune:
             source.watch.take(0, 1)  # evaluations are no part of an iteration's time
 
         def timed() -> Iterator[Iteration]:
-            for iteration in optimize(pieces, model.policy, source, state, reference=reference):
-                run.clock(iteration.step, source.watch.take(geometry.images, geometry.processes))
+            loop = optimize(pieces, model.policy, source, state, reference=reference)
+            used = Utilization(self.peak_tflops)
+            while True:
+                with used.counting():
+                    iteration = next(loop)
+                times = source.watch.take(geometry.images, geometry.processes)
+                run.clock(iteration.step, {**times, **used.of(times["iteration_ms"] / 1000)})
                 yield iteration
 
         def halted(iteration: Iteration) -> str | None:
@@ -160,9 +170,9 @@ class ImageFinetune:
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """Grids for the same prompts and noise: the base, where there is one to compare with, and the model."""
         model, prompts = self._restored(run), self._evaluation_prompts()
-        before = [] if model.references is None else [
-            model.grid(prompts, out, "before", seed=seed, count=count, base=True)]
-        return [*before, model.grid(prompts, out, "after", seed=seed, count=count)]
+        before = [] if model.references is None else model.grid(prompts, out, "before", seed=seed, count=count,
+                                                                base=True)
+        return [*before, *model.grid(prompts, out, "after", seed=seed, count=count)]
 
     def _pieces(self) -> OnPolicy:
         return replace(self.algorithm.compose(), reference_target=self.guard.kl_target)

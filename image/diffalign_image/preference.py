@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +50,8 @@ class BestAndWorst:
 class ImagePreference:
     """Preference learning from the model in the run folder `base`; the text encoder stays frozen.
 
-    data are made once, before training. kernel and schedule sample the opponents (ODE) and state the KL of evaluations.
+    data are made once, before training. kernel and schedule are those of evaluations. opponents: the ODE steps of a
+    sampled opponent (None: the schedule's); few leave errors, which the loss then unlearns before the faults.
     """
 
     type: Literal["image_preference"] = "image_preference"
@@ -59,6 +61,7 @@ class ImagePreference:
     data: Annotated[Renders | BestAndWorst, Field(discriminator="type")]
     kernel: choices.Kernel = CPS(noise_level=0.8)
     schedule: Schedule = Schedule(steps=8)
+    opponents: Schedule | None = None
     evaluation: Evaluation = Evaluation()
     evaluate_every: int | None = None
     checkpoint_every: int = 100
@@ -81,7 +84,8 @@ class ImagePreference:
         if not run.restore(state):
             models.report(run, "before", self.evaluation, state)
         run.total = plan.steps
-        for iteration in prefer(pieces, models.policy.with_sampler(ODE()), pairs, state):
+        policy = replace(models.policy.with_sampler(ODE()), schedule=self.opponents or self.schedule)
+        for iteration in prefer(pieces, policy, pairs, state):
             last = iteration.step == plan.steps
             if iteration.step % 10 == 0 or last:
                 run.log(iteration.step, iteration.metrics)

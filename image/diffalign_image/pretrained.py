@@ -21,7 +21,7 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.statistics import mean_interval
-from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_grid
+from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_film, save_grid
 from diffalign_image.families import Family, FamilyName, decode, load, save_lora, trunk
 from diffalign_image.guards import diversity, features
 from diffalign_image.guidance import Guidance, GuidedDenoiser
@@ -153,15 +153,19 @@ class Pretrained:
         return result
 
     def grid(self, prompts: Sequence[Prompt], folder: Path, name: str, *, seed: int, count: int | None = None,
-             base: bool = False) -> Path:
-        """folder/<name>.png: pictures, or frames of clips, by the ODE, of the model or of its base."""
+             base: bool = False) -> list[Path]:
+        """folder/<name>.png: pictures or frames of clips, by the ODE, of the model or its base; clips also as .mp4."""
         if count is None:
-            count = _GRID if len(self.family.event) == 3 else _CLIPS
+            count = _GRID if self.family.frame_rate is None else _CLIPS
         policy = sampler_policy(self.sampler, "ode")
         if base and self.references is not None:
             policy = replace(policy, denoiser=self.references[0])
         some = [prompts[i % len(prompts)] for i in range(count)]
-        return save_grid(self.draw(policy, some, seed), folder / f"{name}.png")
+        drawn = self.draw(policy, some, seed)
+        sheet = save_grid(drawn, folder / f"{name}.png")
+        if self.family.frame_rate is None:
+            return [sheet]
+        return [sheet, save_film(drawn, folder / f"{name}.mp4", frame_rate=self.family.frame_rate)]
 
     def save(self, run: Run, state: TrainState) -> None:
         """The averaged weights: lora/ for `pipe.load_lora_weights`, or with all weights trained a pipeline/ folder."""
@@ -174,6 +178,6 @@ class Pretrained:
 
 def report(model: Pretrained, run: Run, name: str, result: dict[str, Any], prompts: Sequence[Prompt], step: int, *,
            seed: int) -> None:
-    """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
+    """evaluations/<name>.json, a line of metrics, and samples/<name>.png (clips: and .mp4)."""
     record(run, name, result, step)
     model.grid(prompts, run.folder("samples"), name, seed=seed)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4}  # dense bf16, SXM (NVIDIA's data sheets); PCIe and NVL have less
 
 
 class Stopwatch:
@@ -45,6 +48,44 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
         self._seconds, self._begun = {}, time.perf_counter()
         return found
+
+
+class Utilization:
+    """Model FLOP utilization (MFU) of one process's device; nothing where its peak is not known.
+
+    peak_tflops: the device's peak in 10^12 FLOP/s for the precision in use; None takes that of an H100 or H200 in bf16.
+    """
+
+    def __init__(self, peak_tflops: float | None) -> None:
+        self.peak_tflops = known_peak() if peak_tflops is None else peak_tflops
+        self.flops: int | None = None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the FLOPs of the first block, of this thread alone: sampling, decoding and updates, not the rewards.
+
+        Matrix products, convolutions and attention count, forward, backward and what gradient checkpointing repeats.
+        """
+        if self.peak_tflops is None or self.flops is not None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
+
+    def of(self, seconds: float) -> dict[str, float]:
+        """`mfu`, the share of the peak, and `tflops` of an iteration that took this long."""
+        if self.peak_tflops is None or self.flops is None:
+            return {}
+        return {"tflops": self.flops / 1e12, "mfu": self.flops / 1e12 / seconds / self.peak_tflops}
+
+
+def known_peak() -> float | None:
+    """The current GPU's entry in PEAK_TFLOPS, or None."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if "PCIe" in name or "NVL" in name:
+        return None
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def _now() -> float:

@@ -89,6 +89,7 @@ class RobotAlign:
         """Evaluate, fine-tune with evaluations on the way, evaluate and film again."""
         policy, pieces, state = self._build()
         reference = cast(Denoiser, frozen_copy(state.modules["policy"])) if pieces.needs_reference else None
+        demonstrations = self._demonstrations(pieces, policy)
         run.restore(state)
         run.total = self.iterations
         env = open_env(self.environment, policy, self.num_envs, self.workers)
@@ -96,7 +97,7 @@ class RobotAlign:
             evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="before")
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="before")
         loop = optimize(pieces, policy, EnvSource(env, self.reward_scale, self.group), state, reference=reference,
-                        demonstrations=self._demonstrations(pieces, policy))
+                        demonstrations=demonstrations)
         while state.step < self.iterations:
             self._narrow(policy, state)
             start = time.perf_counter()
@@ -166,5 +167,8 @@ class RobotAlign:
     def _demonstrations(self, pieces: OnPolicy, policy: DiffusionPolicy) -> Batch | None:
         if not pieces.behavior_cloning:
             return None
-        data = load_demonstrations(str(config_of(Path(self.base), "diffalign train")["base"]), self.environment)
-        return batches_for(policy, [data], 256)
+        source = config_of(Path(self.base), "diffalign train")["base"]
+        if source is None:
+            raise ValueError(f"a term of behaviour cloning needs demonstrations, and {self.base} names none; import "
+                             "it again with base: the run folder or data set of its demonstrations")
+        return batches_for(policy, [load_demonstrations(str(source), self.environment)], 256)

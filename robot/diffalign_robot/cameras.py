@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ class MujocoCamera:
         self._mujoco: Any = mujoco
         samples, model.vis.quality.offsamples = model.vis.quality.offsamples, 0
         self._renderer = mujoco.Renderer(model, size, size)
+        atexit.register(self._renderer.close)  # later its libraries are gone and it says so
         model.vis.quality.offsamples = samples
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0

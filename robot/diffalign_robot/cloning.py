@@ -129,10 +129,14 @@ class RobotBC:
 
 
 def normalized_windows(policy: DiffusionPolicy, data: Demonstrations) -> tuple[Cond, torch.Tensor]:
-    """(the condition at every window [N], obs with the policy's history, and the normalized chunks [N, Ta, Da])."""
+    """(the condition at every window [N], obs with the policy's history, and the normalized chunks [N, Ta, Da]).
+
+    A policy that executes a part of its event denoises the actions just before the observation too.
+    """
     network, chunk = chunk_denoiser(policy), policy.event[0]
+    lead = 0 if policy.executed is None else policy.executed[0]
     starts = data.starts(chunk)
-    cond = data.with_history(network.history).seen(starts)
+    cond = data.with_history(network.history).seen(starts + lead)
     return cond, network.action_normalizer.normalize(data.chunks(starts, chunk))
 
 

@@ -103,10 +103,14 @@ class Demonstrations:
         """The actions from these steps on."""
         return self.action[starts[:, None] + torch.arange(chunk)]
 
-    def windows(self, chunk: int) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
-        """Every (observation, the chunk of actions that followed it) that lies inside one episode; see starts."""
+    def windows(self, chunk: int, lead: int = 0) -> tuple[Float[Tensor, "N Do"], Float[Tensor, "N Ta Da"]]:
+        """Every (observation, the chunk of actions that followed it) that lies inside one episode; see starts.
+
+        lead: how many actions of the chunk came before the observation (of the policies of others that denoise them
+        too).
+        """
         starts = self.starts(chunk)
-        return self.obs[starts], self.chunks(starts, chunk)
+        return self.obs[starts + lead], self.chunks(starts, chunk)
 
 
 def scripted_expert(spec: Environment, place: str | None = None) -> Callable[[], Expert]:

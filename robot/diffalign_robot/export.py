@@ -31,7 +31,8 @@ FORMAT = 1
 GRAPH, ARCHIVE = "policy.onnx", "policy.pt2"
 TOLERANCE = 1e-4  # of a chunk's numbers, in robot units; float32 keeps it
 _ARCHIVE_SAMPLES = 100  # an archive is run by eager torch, ten times as slow
-_MEANING = {"obs": "observation, as the environment gives it", "noise": "standard normal draws: where the chains start",
+_MEANING = {"obs": "observation, as the environment gives it; of a history the oldest first",
+            "noise": "standard normal draws: where the chains start",
             "step_noise": "standard normal draws: the noise of the denoising steps",
             "previous": "real-time chunking: the actions of the previous chunk from now on, in the environment's units",
             "weight": "real-time chunking: how much each of them holds, 1 (will be executed) to 0 (free)"}
@@ -123,7 +124,7 @@ def measure(policy: ExportedPolicy, folder: Path, demonstrations: Path | None, p
     generator = torch.Generator().manual_seed(0)
     seen = {"random": random_observations(policy, packing.samples, generator)}
     if demonstrations is not None:
-        seen["recorded"] = real_observations(demonstrations, packing.samples, generator)
+        seen["recorded"] = real_observations(demonstrations, packing.samples, policy.history, generator)
 
     def parity(file: str, decide: Decide, limit: float | None, samples: int) -> dict[str, Any]:
         some = {name: obs[:samples] for name, obs in seen.items()}
@@ -169,6 +170,7 @@ def manifest(policy: ExportedPolicy, run: Run, job: ExportableJob, sampler: Samp
                      "meaning": "actions in the environment's units, one a control step, not clipped to the limits"}],
         "precision": packing.precision,
         "chunk": chunk,
+        "history": policy.history,
         "action": {"low": _finite(low), "high": _finite(high)},
         "control_rate_hz": rate_hz,
         "sampler": describe(policy.policy, sampler),

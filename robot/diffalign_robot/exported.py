@@ -1,7 +1,7 @@
 """A trained robot policy as a function of its inputs: observation and noise in, a chunk in robot units out.
 
 Legend: N rows, n chains of a row (1, or the candidates that a critic ranks), R = N n, K denoising steps, Ta actions of
-a chunk, Da action features, Do observation features.
+a chunk, Da action features, Do observation features (of all observations that the policy sees, oldest first).
 """
 
 from __future__ import annotations
@@ -71,13 +71,12 @@ class ExportedPolicy:
         if not isinstance(base, DiffusionPolicy):
             raise ValueError(f"a policy on a {type(base).__name__} cannot be exported: it corrects single actions of a "
                              "queue that the simulator keeps; export its base run, or train with per_step: false")
+        if base.executed is not None:
+            raise ValueError(f"a policy that executes a part of what it denoises, {base.executed}, cannot be exported "
+                             "to a controller; write it back as it came, --to FORMAT:DIR")
         if chunk_denoiser(self.policy).encoder is not None:
             raise ValueError("a policy that sees images cannot be exported yet: controller packages take one vector of "
                              "numbers; export a policy of the state (environment without images)")
-        seen = chunk_denoiser(self.policy).history
-        if seen > 1:
-            raise ValueError(f"a policy that sees a history of {seen} observations cannot be exported: the controller "
-                             "gives the newest one; export a run with history: 1")
         if isinstance(self.policy, ImprovedPolicy):
             operator = self.policy.operator
             if not isinstance(operator, OnActions | OnNoise):
@@ -101,6 +100,11 @@ class ExportedPolicy:
         """n: how many chains are run for a row."""
         operator = self.policy.operator if isinstance(self.policy, ImprovedPolicy) else None
         return operator.samples if isinstance(operator, OnActions) else 1
+
+    @property
+    def history(self) -> int:
+        """How many observations, one a control step, are one input `obs`."""
+        return chunk_denoiser(self.policy).history
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

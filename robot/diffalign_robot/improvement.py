@@ -123,6 +123,9 @@ class RobotOffPolicy:
 
     def _base(self) -> DiffusionPolicy | QueuedBase:
         chunks = evaluation_policy(load_policy(Path(self.base)), self.sampler)
+        if chunks.executed is not None:
+            raise ValueError(f"{self.base} denoises {chunks.event[0]} actions and executes a part of them, "
+                             f"{chunks.executed}: a critic of actions needs all of them; fine-tune it by robot_align")
         return QueuedBase(chunks) if self.per_step else chunks
 
     def trained_policy(self, run: Run) -> ImprovedPolicy:

@@ -22,20 +22,20 @@ class ChunkDenoiser(nn.Module):
     """Predicts eps, x0, v or flow of a normalized chunk from (chunk, time, observation).
 
     Both normalizers are buffers of this module, so that a checkpoint is complete: observations are normalized inside
-    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. history: how many observations
-    of the simulator an observation of the policy consists of. encoder: reads images; the observation's numbers, and
-    their normalizer, then end with its features, so that what is encoded is an observation like any other.
+    forward, `action_normalizer.unnormalize` turns a sampled chunk into robot units. net: (chunk, t, normalized
+    observation) -> chunk. history: how many observations of the simulator an observation of the policy consists of.
+    encoder: reads images; the observation's numbers, and their normalizer, then end with its features, so that what is
+    encoded is an observation like any other.
     """
 
-    def __init__(self, spec: Network, chunk: int, observations: Normalizer, actions: Normalizer, *,
+    def __init__(self, net: nn.Module, chunk: int, observations: Normalizer, actions: Normalizer, *,
                  prediction: Prediction = "eps", history: int = 1, encoder: ImageEncoder | None = None) -> None:
         super().__init__()
         self.observation_normalizer, self.action_normalizer = observations, actions
         self.event = (chunk, len(actions.shift))
         self.prediction: Prediction = prediction
         self.history = history
-        self.encoder = encoder
-        self.net = build_network(spec, self.event, len(observations.shift))
+        self.encoder, self.net = encoder, net
 
     @property
     def obs_dim(self) -> int:

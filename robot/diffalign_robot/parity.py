@@ -27,9 +27,12 @@ def random_observations(policy: ExportedPolicy, count: int, generator: torch.Gen
     return normalizer.unnormalize(torch.randn(count, len(normalizer.shift), generator=generator))
 
 
-def real_observations(folder: Path, count: int, generator: torch.Generator) -> Float[Tensor, "N Do"]:
-    """As many observations of recorded episodes as there are, at most `count`, without replacement."""
-    obs = Demonstrations.load(folder).obs
+def real_observations(folder: Path, count: int, history: int, generator: torch.Generator) -> Float[Tensor, "N Do"]:
+    """As many observations of recorded episodes as there are, at most `count`, without replacement.
+
+    history: each comes with that many less one before it, as the policy sees them.
+    """
+    obs = Demonstrations.load(folder).with_history(history).obs
     return obs[torch.randperm(len(obs), generator=generator)[:count]]
 
 

@@ -80,11 +80,14 @@ def episodes(log: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
 
     What was executed after a tick is the person's action if the next tick tells of one, else what the driver says it
     sent, else the command.
+
+    Raises: ValueError for a log at a servo rate.
     """
     ticks: list[Mapping[str, Any]] = []
     succeeded = False
     for record in log:
         if record.get("event") == "start":  # another run
+            _require_one_rate(record.get("settings", {}))
             yield from _episode(ticks)
             ticks, succeeded = [], False
         if "tick" not in record or succeeded:
@@ -118,6 +121,14 @@ def joined(found: list[Recorded]) -> Demonstrations:
                           torch.tensor([len(episode.obs) for episode in found]),
                           torch.tensor([int(episode.success) for episode in found]),
                           torch.from_numpy(tagged.astype(np.int64)))
+
+
+def _require_one_rate(settings: Mapping[str, Any]) -> None:
+    servo_hz = settings.get("servo_hz")
+    if servo_hz is not None and servo_hz != settings["rate_hz"]:
+        raise ValueError(f"a log at a servo rate of {servo_hz:g} Hz holds commands between the actions of a policy of "
+                         f"{settings['rate_hz']:g} Hz, from which its actions cannot be learned; record without "
+                         "--servo-hz")
 
 
 def _episode(ticks: list[Mapping[str, Any]]) -> Iterator[Recorded]:

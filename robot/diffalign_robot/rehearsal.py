@@ -78,8 +78,9 @@ def require_same(package: Policy, policy: ExportedPolicy, run: Run, sampler: str
     """Raises: ValueError if a package was not exported from what is to be played beside it."""
     newest = checkpoint.latest(run.path / "checkpoints")
     wanted = {"sampler": sampler, "checkpoint": newest and newest.name, "inputs": policy.shapes}
+    plain = {name: shape for name, shape in package.shapes.items() if name not in ("previous", "weight")}
     said = {"sampler": package.manifest["sampler"], "checkpoint": package.manifest["provenance"]["checkpoint"],
-            "inputs": package.shapes}
+            "inputs": plain}  # without a plan, a package for real-time chunking is the policy
     for name, value in wanted.items():
         if said[name] != value:
             raise ValueError(f"the controller has {name} {said[name]}, the run {value}; export this run again, or give "

@@ -19,7 +19,8 @@ from diffalign.policy.steering import steered
 from diffalign.train import checkpoint
 from diffalign_robot.choices import Environment, Network
 from diffalign_robot.image_choices import Encoder, Images
-from diffalign_robot.networks import ChunkDenoiser
+from diffalign_robot.native import formats
+from diffalign_robot.networks import ChunkDenoiser, build_network
 from diffalign_robot.source import chunk_denoiser
 from diffalign_robot.vision import ImageEncoder
 
@@ -52,9 +53,9 @@ def build_policy(network: Network, chunk: int, obs_dim: int, action_dim: int, de
     the features of an encoder.
     """
     observations, actions = normalizers or (Normalizer(obs_dim), Normalizer(action_dim))
-    denoiser = ChunkDenoiser(network, chunk, observations, actions, prediction=prediction, history=history,
-                             encoder=encoder)
     schedule, event = Schedule(steps=denoising_steps), (chunk, action_dim)
+    denoiser = ChunkDenoiser(build_network(network, event, obs_dim), chunk, observations, actions,
+                             prediction=prediction, history=history, encoder=encoder)
     if prediction == "flow":
         return DiffusionPolicy(denoiser, FlowPath(), ODE(), schedule, event, clip_x0=1.0)
     return DiffusionPolicy(denoiser, VPPath(train_steps=denoising_steps), DDPM(), schedule, event, clip_x0=1.0)
@@ -110,9 +111,11 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
     if config["type"] == "robot_off_policy":
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
                          "critic improve that one; take the base run")
+    if config["type"] == "robot_import":
+        return formats.read(config["source"].partition(":")[0], formats.kept(folder), config["denoising_steps"])
     if config["type"] != "robot_bc":
-        raise ValueError(f"{folder} is a {config['type']} run; a policy comes from a robot_bc, robot_align "
-                         "or robot_preference run")
+        raise ValueError(f"{folder} is a {config['type']} run; a policy comes from a robot_bc, robot_import, "
+                         "robot_align or robot_preference run")
     shapes = checkpoint.shapes(newest_checkpoint(folder, _COMMAND))
     obs_dim, action_dim = (shapes[f"policy.{name}_normalizer.shift"][0] for name in ("observation", "action"))
     file = str(folder / "config.yaml")

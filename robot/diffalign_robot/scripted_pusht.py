@@ -29,24 +29,27 @@ _PATIENCE = 60  # control steps until another push is chosen
 def push() -> Callable[[Array], Array]:
     """A controller for one episode: observation [5] (agent, block, angle) -> target position [2] in pixels."""
     plan: list[tuple[int, float]] = []
-    waited, pushed = 0, 0
+    begun: list[Points] = []  # where the push began
+    waited = 0
 
     def act(obs: Array) -> Array:
-        nonlocal waited, pushed
+        nonlocal waited
         agent, block, angle = obs[0:2].astype(float), obs[2:4].astype(float), float(obs[4])
-        if not plan or waited >= _PATIENCE:
+        left = plan[0][1] + _GAP - float(np.linalg.norm(agent - begun[0])) if begun else np.inf
+        if not plan or waited >= _PATIENCE or left < 1:
             plan[:] = [_best(block, angle, agent)]
-            waited = pushed = 0
+            begun.clear()
+            waited, left = 0, np.inf
         waited += 1
         number, length = plan[0]
         point, normal = (part[number] for part in _world(block, angle))
         start = point - (_RADIUS + _GAP) * normal
-        if pushed == 0 and np.linalg.norm(agent - start) > 4:
+        if not begun and np.linalg.norm(agent - start) > 4:
             return _way(agent, start, block, angle)
-        pushed += 1
-        if pushed * 4 > length + _GAP + 4:
-            plan.clear()
-        return np.asarray(np.clip(agent + 16 * normal, 0, 512), np.float32)
+        if not begun:
+            begun.append(agent)
+            left = length + _GAP
+        return np.asarray(np.clip(agent + min(16, left + 2) * normal, 0, 512), np.float32)
 
     return act
 
@@ -87,7 +90,9 @@ def _best(block: Points, angle: float, agent: Points) -> tuple[int, float]:
     goal = _GOAL[0] + _turned(_CORNERS, _GOAL[1])
     cost = np.sqrt(((corners - goal) ** 2).sum(-1).mean(-1))
     starts = points - (_RADIUS + _GAP) * normals
-    cost += 0.01 * np.linalg.norm(starts - agent, axis=1)[:, None]
+    cells = np.linalg.norm(_GRID[None] - starts[:, None, None], axis=-1).reshape(len(starts), -1).argmin(1)
+    ways = _steps_to(agent, _clearance(_GRID, points) > _RADIUS + 2).flatten()[cells]  # infinite: not to be reached
+    cost += 0.2 * ways[:, None]
     cost[((starts < 20) | (starts > 492)).any(1) | (_clearance(starts, points) < _RADIUS + 2)] = np.inf
     number, length = np.unravel_index(int(cost.argmin()), cost.shape)
     return int(number), float(_LENGTHS[length])
@@ -99,10 +104,10 @@ def _way(agent: Points, start: Points, block: Points, angle: float) -> Array:
     if _sees(agent, start[None], outline)[0]:
         return np.asarray(start, np.float32)
     steps = _steps_to(start, _clearance(_GRID, outline) > _RADIUS + 2)
-    near = np.linalg.norm(_GRID - agent, axis=-1)
-    cost = np.where(near < 6 * _CELL, steps + near / _CELL, np.inf)
+    near = np.linalg.norm(_GRID - agent, axis=-1) / _CELL
+    cost = np.where(near < 6, steps + 0.9 * near, np.inf)  # of equal ways the farthest cell: the agent must not stay
     shown = cost < np.inf
-    cost[shown] = np.where(_sees(agent, _GRID[shown], outline), cost[shown], np.inf)
+    cost[shown] = np.where(_sees(agent, _GRID[shown], outline) | (near[shown] < 1.5), cost[shown], np.inf)
     return np.asarray(_GRID[np.unravel_index(int(cost.argmin()), cost.shape)], np.float32)
 
 

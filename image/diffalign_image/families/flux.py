@@ -38,6 +38,7 @@ class Flux:
     pipeline: ClassVar[Any] = FluxPipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     trunk_name: ClassVar[str] = "transformer"
+    frame_rate: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_LORA_TARGETS
 
     @classmethod

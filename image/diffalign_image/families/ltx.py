@@ -39,6 +39,7 @@ class LTX:
     pipeline: ClassVar[Any] = LTXPipeline
     left_out: ClassVar[tuple[str, ...]] = ()
     trunk_name: ClassVar[str] = "transformer"
+    frame_rate: ClassVar[int | None] = _FRAME_RATE
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod

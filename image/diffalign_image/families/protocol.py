@@ -33,10 +33,11 @@ class Family(Protocol):
     """A loaded pipeline as the core sees it.
 
     trunk_name: the part of the pipeline that is trained, `unet` or `transformer`. lora_targets: the names of its linear
-    layers that LoRA adapts.
+    layers that LoRA adapts. frame_rate: frames a second of its clips, None of a model of images.
     """
 
     trunk_name: ClassVar[str]
+    frame_rate: ClassVar[int | None]
     lora_targets: ClassVar[tuple[str, ...]]
 
     @property

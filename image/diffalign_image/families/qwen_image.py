@@ -40,6 +40,7 @@ class QwenImage:
     pipeline: ClassVar[Any] = QwenImagePipeline
     left_out: ClassVar[tuple[str, ...]] = ()
     trunk_name: ClassVar[str] = "transformer"
+    frame_rate: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_LORA_TARGETS
 
     @classmethod

@@ -37,6 +37,7 @@ class SD15:
     pipeline: ClassVar[Any] = StableDiffusionPipeline
     left_out: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")
     trunk_name: ClassVar[str] = "unet"
+    frame_rate: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod

@@ -36,6 +36,7 @@ class SD3:
     pipeline: ClassVar[Any] = StableDiffusion3Pipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     trunk_name: ClassVar[str] = "transformer"
+    frame_rate: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_LORA_TARGETS
 
     @classmethod

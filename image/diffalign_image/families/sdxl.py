@@ -41,6 +41,7 @@ class SDXL:
     pipeline: ClassVar[Any] = StableDiffusionXLPipeline
     left_out: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     trunk_name: ClassVar[str] = "unet"
+    frame_rate: ClassVar[int | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod

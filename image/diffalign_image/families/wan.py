@@ -38,6 +38,7 @@ class Wan:
     pipeline: ClassVar[Any] = WanPipeline
     left_out: ClassVar[tuple[str, ...]] = ()
     trunk_name: ClassVar[str] = "transformer"
+    frame_rate: ClassVar[int | None] = 16
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
 
     @classmethod

@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_controller.inference import Plan
+
 Array = NDArray[np.float32]
 Between = Literal["hold", "linear"]  # what is commanded between two actions
 _NEAR = 1e-6  # of a control period: times are sums of fractions
@@ -35,6 +37,13 @@ class Scheme(Protocol):
 
     def wants(self, time: float, delay: float = 0.0) -> bool:
         """Whether a new chunk, which arrives `delay` after it is asked for, should be asked for now."""
+        ...
+
+    def plan(self, time: float, arrival: float) -> Plan | None:
+        """What the policy is told of the plan when it decides on the observation of `time`, None for nothing.
+
+        arrival: when the chunk is expected to be here.
+        """
         ...
 
     def clear(self) -> None:
@@ -74,9 +83,12 @@ class RecedingHorizon:
     """The newest chunk, asked for again `execute` periods after its observation (arXiv 2303.04137).
 
     Here and in the other schemes the question is put earlier where the chunk would end before the answer is there.
+    mask: real-time chunking (arXiv 2506.07339): the policy is told what this chunk still holds, with the weights of
+    this soft mask, and goes on from there; None tells it nothing.
     """
 
     execute: int
+    mask: Literal["exp", "linear"] | None = None
     _time: float | None = None
     _chunk: Array | None = None
 
@@ -95,6 +107,16 @@ class RecedingHorizon:
     def wants(self, time: float, delay: float = 0.0) -> bool:
         """`execute` periods after the newest chunk's observation, or `delay` before its end."""
         return self._time is None or self._chunk is None or _due(time - self._time, self.execute, self._chunk, delay)
+
+    def plan(self, time: float, arrival: float) -> Plan | None:
+        """The chunk's actions at time, time + 1 ...: on the line between two, the last one where it has ended."""
+        if self.mask is None or self._time is None or self._chunk is None:
+            return None
+        size, age = len(self._chunk), time - self._time
+        ages = age + np.arange(size)
+        previous = [np.interp(ages, np.arange(size), feature) for feature in self._chunk.T]
+        weight = [soft_mask(i, arrival - time, size - age, self.mask) for i in range(size)]
+        return Plan(np.stack(previous, 1).astype(np.float32), np.array(weight, np.float32))
 
     def clear(self) -> None:
         """Forget the chunk."""
@@ -136,6 +158,10 @@ class TemporalEnsemble:
     def wants(self, time: float, delay: float = 0.0) -> bool:
         """`execute` periods after the newest chunk's observation, or `delay` before its end."""
         return not self._chunks or _due(time - self._chunks[-1][0], self.execute, self._chunks[-1][1], delay)
+
+    def plan(self, time: float, arrival: float) -> Plan | None:
+        """None."""
+        return None
 
     def clear(self) -> None:
         """Forget all chunks."""
@@ -179,6 +205,10 @@ class OverlapBlend:
     def wants(self, time: float, delay: float = 0.0) -> bool:
         """`execute` periods after the newest chunk's observation, or `delay` before its end."""
         return not self._chunks or _due(time - self._chunks[-1][0], self.execute, self._chunks[-1][1], delay)
+
+    def plan(self, time: float, arrival: float) -> Plan | None:
+        """None."""
+        return None
 
     def clear(self) -> None:
         """Forget all chunks."""

@@ -15,7 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Decide = Callable[[Array], Array]
+Decide = Callable[..., Array]
+"""The chunk for an observation, and for a Plan where the scheme tells of one."""
+
+
+class Plan(NamedTuple):
+    """What is planned already for the actions of a chunk to come: real-time chunking (arXiv 2506.07339).
+
+    previous: [Ta, Da], in robot units. weight: [Ta], 1 where it will be executed before the chunk is there, falling to
+    0 where nothing is planned.
+    """
+
+    previous: Array
+    weight: Array
 
 
 class Decided(NamedTuple):
@@ -33,7 +45,7 @@ class Decided(NamedTuple):
 class Inference(Protocol):
     """One decision at a time."""
 
-    def ask(self, time: float, obs: Array) -> None:
+    def ask(self, time: float, obs: Array, plan: Plan | None = None) -> None:
         """Decide on the observation [Do] of a time in control periods; only when nothing is pending."""
         ...
 
@@ -49,9 +61,9 @@ class InLine:
         self._decide = decide
         self._answer: Decided | None = None
 
-    def ask(self, time: float, obs: Array) -> None:
+    def ask(self, time: float, obs: Array, plan: Plan | None = None) -> None:
         """Decide now."""
-        self._answer = _decided(self._decide, time, obs)
+        self._answer = _decided(self._decide, time, obs, plan)
 
     def answer(self) -> Decided | None:
         """What was decided, once."""
@@ -64,14 +76,14 @@ class Threaded:
 
     def __init__(self, decide: Decide) -> None:
         self._decide = decide
-        self._questions: queue.SimpleQueue[tuple[float, Array] | None] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[tuple[float, Array, Plan | None] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Decided] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
-    def ask(self, time: float, obs: Array) -> None:
+    def ask(self, time: float, obs: Array, plan: Plan | None = None) -> None:
         """Hand the observation to the thread."""
-        self._questions.put((time, obs.copy()))
+        self._questions.put((time, obs.copy(), plan))
 
     def answer(self) -> Decided | None:
         """The oldest answer that was not yet taken."""
@@ -89,10 +101,10 @@ class Threaded:
             self._answers.put(_decided(self._decide, *question))
 
 
-def _decided(decide: Decide, time: float, obs: Array) -> Decided:
+def _decided(decide: Decide, time: float, obs: Array, plan: Plan | None) -> Decided:
     start = perf_counter()
     try:
-        chunk = decide(obs)
+        chunk = decide(obs) if plan is None else decide(obs, plan)
     except Exception as error:  # whatever it is: the loop must hear of it and stop the robot
         return Decided(time, None, f"{type(error).__name__}: {error}", perf_counter() - start)
     return Decided(time, chunk, None, perf_counter() - start)

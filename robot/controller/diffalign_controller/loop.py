@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign_controller.chunks import Between, Scheme
+from diffalign_controller.history import History
 from diffalign_controller.inference import Inference
 from diffalign_controller.robot import Clock, Observation, Robot
 from diffalign_controller.safety import SafetyFilter
@@ -28,6 +29,7 @@ from diffalign_controller.timing import Timing, status_line
 
 __all__ = ["Controller", "Exit", "Recorder", "Settings", "State", "Timing"]
 Array = NDArray[np.floating]
+_STATUS_S = 0.25
 
 
 class Recorder(Protocol):
@@ -39,7 +41,7 @@ class Recorder(Protocol):
 class Controller:
     """Runs a policy on a robot; `run` returns the exit code, `state` and `reason` say where it is and why.
 
-    status: is given one line a second on how it goes, None for none.
+    status: is given a line on how it goes a few times a second, None for none; it must return at once.
     """
 
     def __init__(self, robot: Robot, inference: Inference, scheme: Scheme, safety: SafetyFilter, log: Recorder,
@@ -49,12 +51,14 @@ class Controller:
                              f"{settings.command_hz:.6g}; its limits are per second, so both must have the same rate")
         self.robot, self.inference, self.scheme, self.safety = robot, inference, scheme, safety
         self.log, self.clock, self.settings, self.status = log, clock, settings, status
+        self._history = History(settings.history)
         linear = settings.rest == "last" if settings.between is None else settings.between == "linear"
         self._between: Between = "linear" if linear else "hold"
         self.state, self.reason, self.timing, self.holds = State.IDLE, "", Timing(), 0
         self._exit = Exit.DONE
         self._since_s = 0.0  # when the state began
         self._asked_s: float | None = None  # when the pending decision was asked for
+        self._chunk_s: float | None = None  # when what the newest chunk was decided on was measured
         self._delay = 0.0  # expected of a decision, in control periods
         self._said = (0, 0.0)  # the ticks and the time of the last status line
         self._stop_asked = self._was_lost = self._symptom = False
@@ -104,10 +108,11 @@ class Controller:
             before = now
 
     def _tell(self, now: float) -> None:
-        """The status line, once a second."""
+        """The status line, when it is time for one."""
         ticks, seconds = self.timing.ticks - self._said[0], now - self._said[1]
-        if self.status is not None and seconds >= 1:
-            self.status(status_line(self.state.value, self.reason, self.timing, ticks, seconds))
+        if self.status is not None and seconds >= _STATUS_S:
+            age = None if self._chunk_s is None else now - self._chunk_s
+            self.status(status_line(self.state.value, self.reason, self.timing, ticks, seconds, age))
             self._said = (self.timing.ticks, now)
 
     def stop(self) -> None:
@@ -123,6 +128,7 @@ class Controller:
         seen = self.robot.observe()
         self.safety.reset(np.zeros_like(seen.position) if self.settings.rest == "zero" else seen.position)
         self._seen, self._changed_s = seen, self.clock.now_s()
+        self._history.clear()
         self._since_s = self._start_s = self._changed_s
 
     def _tick(self, tick: int) -> None:
@@ -152,12 +158,15 @@ class Controller:
     def _observe(self, now: float) -> str | None:
         """Look, and say why what was seen cannot be used."""
         seen = self.robot.observe()
-        if self._was_lost and self.settings.rest == "last":
-            self._find_again(seen)
+        if self._was_lost:
+            self._history.clear()  # what was seen before says nothing about now
+            if self.settings.rest == "last":
+                self._find_again(seen)
         self._was_lost = False
         if self._seen is None or not np.array_equal(seen.values, self._seen.values):
             self._changed_s = now
         self._seen = seen
+        self._history.add((seen.measured_s - self._start_s) * self.settings.rate_hz, seen.values)
         box = self.settings.workspace
         if box is not None and seen.tool is not None and self.state is not State.SAFE_STOP \
                 and not ((seen.tool >= box[0]) & (seen.tool <= box[1])).all():
@@ -180,7 +189,7 @@ class Controller:
             assert self._seen is not None
             seen = min(time, (self._seen.measured_s - self._start_s) * self.settings.rate_hz)
             self._asked_s = now
-            self.inference.ask(seen, np.asarray(self._seen.values, np.float32))
+            self.inference.ask(seen, self._history.stacked(), self.scheme.plan(seen, time + self._delay))
             self._take(time)
 
     def _take(self, time: float) -> None:
@@ -197,6 +206,7 @@ class Controller:
             self._miss(f"the policy failed: {answer.error}", Exit.LATE, now)
         elif answer.chunk is not None:
             self.scheme.add(answer.time, answer.chunk, time)
+            self._chunk_s = self._start_s + answer.time / self.settings.rate_hz
 
     def _command(self, wish: Array | None, now: float, lost: str | None) -> Array:
         """What is sent: the wish through ramp and filter, or the way to rest."""
@@ -214,7 +224,7 @@ class Controller:
             else:
                 self._miss(late, Exit.LATE, now)
         elif not np.isfinite(wish).all():
-            self.scheme.clear()
+            self._forget()
             self._miss("the policy asked for NaN or infinity", Exit.BAD_ACTION, now)
         else:
             if self.state in (State.IDLE, State.HOLD):
@@ -246,7 +256,7 @@ class Controller:
         if self.state in (State.SAFE_STOP, State.FAULT):
             return
         if self.state is not State.HOLD:
-            self.scheme.clear()
+            self._forget()
             self.holds += 1
             self._enter(State.HOLD, reason, code)
             self._symptom = symptom
@@ -254,6 +264,10 @@ class Controller:
             self.reason, self._exit, self._symptom = reason, code, False
         if self.state is State.HOLD and self.settings.watchdog.expired(held_s=now - self._since_s):
             self._enter(State.SAFE_STOP, f"held for too long: {self.reason}", self._exit)
+
+    def _forget(self) -> None:
+        self.scheme.clear()
+        self._chunk_s = None
 
     def _enter(self, state: State, reason: str, code: Exit) -> None:
         self.log.write({"event": "state", "from": self.state.value, "to": state.value, "reason": reason,

@@ -1,6 +1,7 @@
 """An exported policy, read from its package and checked before it decides anything.
 
-Legend: n chains, K denoising steps, Ta actions of a chunk, Da action features, Do observation features.
+Legend: n chains, K denoising steps, Ta actions of a chunk, Da action features, h observations of a decision, Do
+features of them all.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign_controller.inference import Plan
+
 Array = NDArray[np.float32]
 FORMAT = 1
-_INPUTS = {"obs", "noise", "step_noise"}
+_NOISE, _PLAN = ("noise", "step_noise"), ("previous", "weight")
+_INPUTS = {"obs", *_NOISE, *_PLAN}
 
 
 class Policy:
     """Decides chunks: a function of the observation and of standard normal noise that it draws from its seed.
 
-    chunk, action_dim, obs_dim: Ta, Da, Do. low, high: the action limits [Da] in robot units, +-inf where there is none.
+    chunk, action_dim, obs_dim: Ta, Da, Do. history: h; a decision reads the newest observation after the h - 1 before
+    it, one control period apart (history.History). low, high: the action limits [Da] in robot units, +-inf where there
+    is none.
     """
 
     def __init__(self, folder: Path, *, seed: int = 0) -> None:
@@ -31,7 +37,10 @@ class Policy:
         self.manifest = read_manifest(folder)
         self.shapes = {entry["name"]: tuple(entry["shape"]) for entry in self.manifest["inputs"]}
         self.chunk, self.action_dim = self.manifest["outputs"][0]["shape"][1:]
-        self.obs_dim = self.shapes["obs"][1]
+        self.obs_dim, self.history = self.shapes["obs"][1], self.manifest.get("history", 1)
+        if self.obs_dim % self.history:
+            raise ValueError(f"{folder / 'manifest.json'} says that {self.obs_dim} features are {self.history} "
+                             "observations, which they cannot be; export the run again")
         limits = self.manifest["action"]
         self.low, self.high = _limit(limits["low"], -np.inf), _limit(limits["high"], np.inf)
         options = onnxruntime.SessionOptions()
@@ -46,23 +55,41 @@ class Policy:
         """Start the noise anew: the same seed and observations give the same chunks."""
         self._random = np.random.default_rng(seed)
 
-    def decide(self, obs: Array) -> Array:
-        """The chunk [Ta, Da] in robot units for an observation [Do]; it is not yet inside any limit.
+    @property
+    def reads_plan(self) -> bool:
+        """Whether it was exported with the inputs of real-time chunking."""
+        return set(_PLAN) <= set(self.shapes)
 
-        Raises: ValueError for an observation of another shape or with NaN or infinity in it.
+    def decide(self, obs: Array, plan: Plan | None = None) -> Array:
+        """The chunk [Ta, Da] in robot units for h observations [Do]; it is not yet inside any limit.
+
+        plan: what the chunk should go on from; None leaves it free.
+
+        Raises: ValueError for an observation of another shape or with NaN or infinity in it, or for a plan where the
+        policy was exported without the inputs of one.
         """
         noise = {name: self._random.standard_normal(shape, np.float32)
-                 for name, shape in self.shapes.items() if name != "obs"}
-        return self.chunk_of(obs, noise)
+                 for name, shape in self.shapes.items() if name in _NOISE}
+        return self.chunk_of(obs, noise, plan)
 
-    def chunk_of(self, obs: Array, noise: dict[str, Array]) -> Array:
-        """The chunk [Ta, Da] for an observation [Do] and given noise by input name."""
+    def chunk_of(self, obs: Array, noise: dict[str, Array], plan: Plan | None = None) -> Array:
+        """The chunk [Ta, Da] for h observations [Do] and given noise by input name."""
         if obs.shape != (self.obs_dim,):
             raise ValueError(f"this policy reads observations of shape ({self.obs_dim},), got {obs.shape}")
         if not np.isfinite(obs).all():
             raise ValueError(f"feature {int(np.argmin(np.isfinite(obs)))} of the observation is not finite")
-        found: Array = self._session.run(None, {"obs": obs[None].astype(np.float32), **noise})[0][0]
+        inputs = {"obs": obs[None].astype(np.float32), **noise, **self._planned(plan)}
+        found: Array = self._session.run(None, inputs)[0][0]
         return found
+
+    def _planned(self, plan: Plan | None) -> dict[str, Array]:
+        if plan is not None and not self.reads_plan:
+            raise ValueError("this policy was exported without real-time chunking and cannot be told a plan; export "
+                             "the run with --real-time-chunking --sampler ode")
+        if not self.reads_plan:
+            return {}
+        free = Plan(np.zeros((self.chunk, self.action_dim), np.float32), np.zeros(self.chunk, np.float32))
+        return {name: part[None].astype(np.float32) for name, part in zip(_PLAN, plan or free)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

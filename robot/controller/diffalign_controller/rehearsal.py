@@ -9,22 +9,21 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign_controller.chunks import OverlapBlend, RecedingHorizon, Scheme, TemporalEnsemble
 from diffalign_controller.inference import InLine, Threaded
 from diffalign_controller.log import Log
 from diffalign_controller.loop import Controller
 from diffalign_controller.policy import Policy
 from diffalign_controller.robot import Clock, MonotonicClock, Observation
 from diffalign_controller.safety import Limits, SafetyFilter
+from diffalign_controller.schemes import SchemeName, scheme_of
 from diffalign_controller.settings import Settings
 
 Array = NDArray[np.floating]
-SchemeName = Literal["horizon", "ensemble", "blend"]
 _RANGE = 10.0  # of a command that the package does not bound
 
 
@@ -51,7 +50,7 @@ class NumbersRobot:
 
 
 def rehearse(folder: Path, *, rate_hz: float | None = None, servo_hz: float | None = None, seconds: float = 60.0,
-             scheme: SchemeName = "horizon", in_line: bool = False, status: Callable[[str], None] | None = None
+             scheme: SchemeName = "receding", in_line: bool = False, status: Callable[[str], None] | None = None
              ) -> dict[str, Any]:
     """Run the package in `folder` in real time; what was measured, durations in milliseconds.
 
@@ -59,20 +58,22 @@ def rehearse(folder: Path, *, rate_hz: float | None = None, servo_hz: float | No
     decide in the loop instead of in a thread. The safety filter has limits of velocity, acceleration and jerk, and the
     log is written, as on a robot.
 
-    Raises: ValueError if the folder holds no package, no rate is known, or the action range does not hold 0.
+    Raises: ValueError if the folder holds no package, no rate is known, the action range does not hold 0, or the scheme
+    does not fit the package.
     """
     policy, clock = Policy(folder), MonotonicClock()
     rate = policy.manifest["control_rate_hz"] if rate_hz is None else rate_hz
     if rate is None:
         raise ValueError(f"{folder / 'manifest.json'} names no control rate; say it with --rate-hz")
-    settings = Settings(rate_hz=rate, servo_hz=servo_hz, rest="zero", between="spread")
+    settings = Settings(rate_hz=rate, history=policy.history, servo_hz=servo_hz, rest="zero", between="spread")
     normalizer = policy.manifest["normalizers"]["observation"]
-    robot = NumbersRobot(np.array(normalizer["shift"]), np.array(normalizer["scale"]), policy.action_dim, clock)
+    shift, scale = (np.array(normalizer[part][:policy.obs_dim // policy.history]) for part in ("shift", "scale"))
+    robot = NumbersRobot(shift, scale, policy.action_dim, clock)
     safety = SafetyFilter(_limits(policy), 1 / settings.command_hz)
     inference = InLine(policy.decide) if in_line else Threaded(policy.decide)
     with tempfile.TemporaryDirectory(prefix="diffalign_rehearsal_") as scratch:
         log = Log(Path(scratch))
-        loop = Controller(robot, inference, _scheme(scheme, policy.chunk), safety, log, clock, settings, status)
+        loop = Controller(robot, inference, scheme_of(scheme, policy), safety, log, clock, settings, status)
         code = loop.run(seconds)
         log.close()
     if isinstance(inference, Threaded):
@@ -103,10 +104,3 @@ def _limits(policy: Policy) -> Limits:
     high = np.where(np.isfinite(policy.high), policy.high, _RANGE).astype(float)
     room = high - low
     return Limits(tuple(low), tuple(high), tuple(2 * room), tuple(20 * room), tuple(1000 * room))
-
-
-def _scheme(name: SchemeName, chunk: int) -> Scheme:
-    execute = max(1, chunk // 2)
-    if name == "ensemble":
-        return TemporalEnsemble(execute=execute)
-    return OverlapBlend(execute) if name == "blend" else RecedingHorizon(execute)

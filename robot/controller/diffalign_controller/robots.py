@@ -64,25 +64,33 @@ class TwinOptions:
     record: str = ""
 
 
-def open_robot(name: str, pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float, clock: Clock) -> Robot:
+def open_robot(name: str, pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float, command_hz: float,
+               clock: Clock) -> Robot:
     """The robot of a name with its options; the caller closes it.
+
+    rate_hz: of the policy's actions, and of an environment's control steps. command_hz: of commands.
 
     Raises: ValueError for an unknown name or option, or what is missing on this machine. ConnectionError if the robot
     cannot be reached.
     """
     kind, colon, rest = name.partition(":")
     if name == "twin":
-        return _twin(pairs, manifest, rate_hz)
+        return _twin(pairs, manifest, rate_hz, command_hz)
     if kind == "lerobot" and rest:
         return _optional("diffalign_controller.lerobot_robot", "lerobot", "lerobot").connected(rest, pairs, clock)  # type: ignore[no-any-return]
     if name == "dds":
-        return _optional("diffalign_controller.dds", "cyclonedds", "dds").connected(pairs, rate_hz, clock)  # type: ignore[no-any-return]
+        return _optional("diffalign_controller.dds", "cyclonedds", "dds").connected(pairs, command_hz, clock)  # type: ignore[no-any-return]
     if colon and rest.isidentifier():
         return _own(name, pairs)
     raise ValueError(f"--robot {name!r} is unknown; it must be twin, lerobot:TYPE, dds, or module:function")
 
 
-def _twin(pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float) -> Twin:
+def of_environment(name: str, pairs: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
+    """Whether the robot is the twin of the environment that the policy was trained in."""
+    return name == "twin" and pairs.get("world") != "arm" and bool(manifest.get("environment"))
+
+
+def _twin(pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float, command_hz: float) -> Twin:
     own = {field.name for field in fields(TwinOptions)}
     said = options.read(TwinOptions, {key: text for key, text in pairs.items() if key in own}, "the twin")
     faults = {key: text for key, text in pairs.items() if key not in own}
@@ -95,7 +103,8 @@ def _twin(pairs: Mapping[str, str], manifest: Mapping[str, Any], rate_hz: float)
     world = said.world or ("environment" if environment else "arm")
     if world not in ("environment", "arm") or (world == "environment" and not environment):
         raise ValueError(f"world must be arm, or environment where the package names one, got {world!r}")
-    words = ["--seed", str(said.seed), "--rate", repr(rate_hz), *(f"{key}={text}" for key, text in faults.items())]
+    hz = rate_hz if world == "environment" else command_hz
+    words = ["--seed", str(said.seed), "--rate", repr(hz), *(f"{key}={text}" for key, text in faults.items())]
     words += ["--record", said.record] if said.record else []
     if world == "environment":
         process = TwinProcess("diffalign_robot.twin", ["--environment", json.dumps(environment), *words])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal
@@ -36,7 +37,8 @@ class Exit(IntEnum):
 class Settings:
     """How a controller runs.
 
-    rate_hz: of the policy's actions, that of the training environment. servo_hz: of commands, None for the same.
+    rate_hz: of the policy's actions, that of the training environment. history: how many observations, one a control
+    period, the policy reads. servo_hz: of commands, None for the same.
     between: what is commanded between two actions: `linear` for places, `hold` for velocities, `spread` for changes (an
     action's change is spread evenly over the commands of its period); None is linear where a robot at rest is commanded
     `last`. delay_quantile: of the delays of the last 50 decisions, how late the next one is expected; 1 is the longest.
@@ -44,11 +46,12 @@ class Settings:
     are places, `zero` where they are velocities or changes. workspace: low and high corner of the tool's box in metres,
     None for none.
 
-    Raises: ValueError for a rate, ramp or quantile out of range, corners that do not make a box, or a servo rate
-    without a word on whether commands at rest `zero` are held or spread.
+    Raises: ValueError for a rate, ramp or quantile out of range, corners that do not make a box, a servo rate without a
+    word on whether commands at rest `zero` are held or spread, or one over which changes cannot be spread evenly.
     """
 
     rate_hz: float
+    history: int = 1
     servo_hz: float | None = None
     between: Literal["linear", "hold", "spread"] | None = None
     delay_quantile: float = 1.0
@@ -60,9 +63,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.rate_hz > 0 or not self.ramp_s >= 0:
             raise ValueError(f"need rate_hz > 0 and ramp_s >= 0, got {self.rate_hz} and {self.ramp_s}")
-        if self.servo_hz is not None and not self.servo_hz >= self.rate_hz:
+        if self.servo_hz is not None and not self.rate_hz <= self.servo_hz < math.inf:
             raise ValueError(f"servo_hz must be at least rate_hz ({self.rate_hz}), got {self.servo_hz}; a policy's "
                              "actions cannot be left out")
+        each = self.command_hz / self.rate_hz
+        if self.between == "spread" and abs(each - round(each)) > 1e-6:
+            raise ValueError("changes are spread over whole numbers of commands: servo_hz must be a multiple of "
+                             f"rate_hz ({self.rate_hz}), got {self.servo_hz}")
         if not 0 < self.delay_quantile <= 1:
             raise ValueError(f"delay_quantile must be above 0 and at most 1, got {self.delay_quantile}")
         if self.command_hz != self.rate_hz and self.between is None and self.rest == "zero":

@@ -51,14 +51,15 @@ def quantiles_ms(seconds: Iterable[float]) -> dict[str, float]:
     return {name: 1000 * _quantile(ordered, q) for name, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
 
 
-def status_line(state: str, reason: str, timing: Timing, ticks: int, seconds: float) -> str:
-    """One line on the last `ticks` ticks, which took `seconds`."""
-    parts = [f"{state:<9}", f"{ticks / seconds:6.1f} Hz" if seconds > 0 else "     - Hz"]
-    for name, values in (("tick", timing.works_s), ("decision", timing.decisions_s)):
+def status_line(state: str, reason: str, timing: Timing, ticks: int, seconds: float, chunk_s: float | None) -> str:
+    """One line on the last `ticks` ticks, which took `seconds`; chunk_s: the age of the newest chunk, None for none."""
+    parts = [f"tick {timing.ticks:6d}", f"{state:<9}", f"{ticks / seconds:6.1f} Hz" if seconds > 0 else "     - Hz",
+             f"missed {timing.missed}", "chunk     - ms" if chunk_s is None else f"chunk {1000 * chunk_s:5.0f} ms old"]
+    for name, values in (("work", timing.works_s), ("decision", timing.decisions_s)):
         if values:
             found = quantiles_ms(_newest(values, max(ticks, 1)))
             parts.append(f"{name} {found['p50']:.2f}/{found['max']:.2f} ms")
-    return "  ".join([*parts, f"missed {timing.missed}", *([f"({reason})"] if reason else [])])
+    return "  ".join([*parts, *([f"({reason})"] if reason else [])])
 
 
 def _newest(values: deque[float], count: int) -> list[float]:

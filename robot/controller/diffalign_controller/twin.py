@@ -37,7 +37,8 @@ class TwinProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            self.close()
+            code = self._process.returncode
             raise ValueError(f"the twin did not start (`python -m {module}` ended with {code}); its message is above")
         self.port = int(json.loads(line)["port"])
 
