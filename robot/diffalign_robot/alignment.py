@@ -6,7 +6,7 @@ import copy
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 
@@ -25,7 +25,6 @@ from diffalign.train.supervised import Batch
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import batches_for
 from diffalign_robot.data.formats import load_demonstrations
-from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import add_noise, config_of, load_policy, steer
 from diffalign_robot.source import EnvSource, chunk_denoiser
@@ -124,16 +123,8 @@ class RobotAlign:
                 evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=state.step,
                                  name="after" if last else f"step_{state.step:06d}")
 
-    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
-                 ) -> dict[str, Any]:
-        """Success rate of the newest checkpoint."""
-        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
-                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
-
-    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
-        """Videos of the newest checkpoint."""
-        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
-                             sampler=self.evaluation.sampler)
+    evaluate = evaluate_run
+    sample = sample_videos
 
     def trained_policy(self, run: Run) -> DiffusionPolicy:
         """The averaged policy of the newest checkpoint."""

@@ -17,7 +17,7 @@ from diffalign.train.search import found_weights, search_weights
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import normalized_windows
 from diffalign_robot.data.formats import load_demonstrations
-from diffalign_robot.evaluate import Sampler, evaluate
+from diffalign_robot.evaluate import evaluate
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
 from diffalign_robot.source import chunk_denoiser
@@ -77,16 +77,8 @@ class RobotCompose:
         finally:
             env.close()
 
-    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
-                 ) -> dict[str, Any]:
-        """Success rate of the composition that the search found."""
-        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
-                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
-
-    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
-        """Videos of the composition."""
-        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
-                             sampler=self.evaluation.sampler)
+    evaluate = evaluate_run
+    sample = sample_videos
 
     def _parents(self) -> list[DiffusionPolicy]:
         policies = [load_policy(Path(folder)).with_sampler(DDPM()) for folder in self.parents]

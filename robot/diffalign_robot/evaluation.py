@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from diffalign.spec import spec
 from diffalign.train.run import Run
@@ -48,11 +48,26 @@ def open_env(environment: Environment, policy: RobotPolicy, num_envs: int, worke
     return for_policy(env, policy)
 
 
-def evaluate_run(policy: RobotPolicy, environment: Environment, plan: Evaluation, *, num_envs: int, workers: int,
-                 seed: int, episodes: int | None, sampler: Sampler | None) -> dict[str, Any]:
-    """Success rate of a finished run's policy; None takes the plan's own."""
+class TrainedJob(Protocol):
+    """A robot job whose run holds a policy: what its evaluation needs."""
+
+    @property
+    def environment(self) -> Environment: ...
+    @property
+    def evaluation(self) -> Evaluation: ...
+    @property
+    def num_envs(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+    def trained_policy(self, run: Run) -> RobotPolicy: ...
+
+
+def evaluate_run(job: TrainedJob, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
+                 ) -> dict[str, Any]:
+    """Success rate of a finished run's policy; None takes the job's own. Jobs have it as their `evaluate`."""
+    plan, policy = job.evaluation, job.trained_policy(run)
     sampler = sampler or plan.sampler
-    env = open_env(environment, evaluation_policy(policy, sampler), num_envs, workers)
+    env = open_env(job.environment, evaluation_policy(policy, sampler), job.num_envs, job.workers)
     try:
         return evaluate(policy, env, seed=seed, episodes=episodes or plan.episodes, sampler=sampler)
     finally:
@@ -78,8 +93,8 @@ def film(run: Run, policy: RobotPolicy, environment: Environment, plan: Evaluati
                sampler=plan.sampler)
 
 
-def sample_videos(policy: RobotPolicy, environment: Environment, out: Path, *, seed: int, count: int,
-                  sampler: Sampler) -> list[Path]:
-    """One video per episode seed, out/episode_<i>.mp4."""
-    return [record(policy, environment, out / f"episode_{i}.mp4", seed=seed + i, count=1, sampler=sampler)
-            for i in range(count)]
+def sample_videos(job: TrainedJob, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
+    """One video of a finished run's policy per episode seed, out/episode_<i>.mp4. Jobs have it as their `sample`."""
+    policy = job.trained_policy(run)
+    return [record(policy, job.environment, out / f"episode_{i}.mp4", seed=seed + i, count=1,
+                   sampler=job.evaluation.sampler) for i in range(count)]

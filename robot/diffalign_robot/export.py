@@ -17,10 +17,9 @@ import torch
 
 from diffalign.train import checkpoint
 from diffalign.train.run import Run
-from diffalign_robot.choices import Environment
 from diffalign_robot.envs import make
-from diffalign_robot.evaluate import RobotPolicy, Sampler, describe, evaluation_policy
-from diffalign_robot.evaluation import Evaluation
+from diffalign_robot.evaluate import Sampler, describe, evaluation_policy
+from diffalign_robot.evaluation import TrainedJob
 from diffalign_robot.exported import ExportedPolicy
 from diffalign_robot.formats import OPSET, Decide, Precision, open_archive, open_graph, write_archive, write_graph
 from diffalign_robot.parity import difference, latency, random_observations, real_observations
@@ -39,20 +38,11 @@ _MEANING = {"obs": "observation, as the environment gives it; of a history the o
 
 
 @runtime_checkable
-class ExportableJob(Protocol):
+class ExportableJob(TrainedJob, Protocol):
     """What an export, and a rehearsal of it in the simulator, need from a robot job."""
 
     @property
     def type(self) -> str: ...
-    @property
-    def environment(self) -> Environment: ...
-    @property
-    def evaluation(self) -> Evaluation: ...
-    @property
-    def num_envs(self) -> int: ...
-    @property
-    def workers(self) -> int: ...
-    def trained_policy(self, run: Run) -> RobotPolicy: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +12,6 @@ from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining, fresh_state
 from diffalign_robot.choices import Environment
-from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.native import formats
 from diffalign_robot.runs import load_policy
@@ -67,16 +65,8 @@ class RobotImport:
         film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
 
-    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
-                 ) -> dict[str, Any]:
-        """Success rate of the imported policy."""
-        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
-                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
-
-    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
-        """Videos of the imported policy."""
-        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
-                             sampler=self.evaluation.sampler)
+    evaluate = evaluate_run
+    sample = sample_videos
 
     def trained_policy(self, run: Run) -> DiffusionPolicy:
         """The imported policy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from diffalign.train.run import Run
 from diffalign.train.state import TrainState
 from diffalign_robot.choices import Environment
 from diffalign_robot.data.formats import load_demonstrations
-from diffalign_robot.evaluate import Sampler, evaluation_policy
+from diffalign_robot.evaluate import evaluation_policy
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.queued import QueuedBase, queued_demonstrations
 from diffalign_robot.replay import demonstration_rows, encoded_demonstrations
@@ -100,16 +100,8 @@ class RobotOffPolicy:
         film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
 
-    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
-                 ) -> dict[str, Any]:
-        """Success rate of the newest checkpoint."""
-        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
-                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
-
-    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
-        """Videos of the newest checkpoint."""
-        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
-                             sampler=self.evaluation.sampler)
+    evaluate = evaluate_run
+    sample = sample_videos
 
     def _build(self) -> tuple[OffPolicy, ImprovedPolicy, TrainState]:
         pieces = self.algorithm.compose()

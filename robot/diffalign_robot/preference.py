@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,7 +17,6 @@ from diffalign.train.supervised import Batch, fresh_state
 from diffalign_robot.choices import Environment
 from diffalign_robot.cloning import batches_for
 from diffalign_robot.data.formats import load_demonstrations
-from diffalign_robot.evaluate import Sampler
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.runs import load_policy
 from diffalign_robot.source import chunk_denoiser
@@ -82,16 +81,8 @@ class RobotPreference:
             film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
 
-    def evaluate(self, run: Run, *, seed: int, episodes: int | None = None, sampler: Sampler | None = None
-                 ) -> dict[str, Any]:
-        """Success rate of the newest checkpoint."""
-        return evaluate_run(self.trained_policy(run), self.environment, self.evaluation, num_envs=self.num_envs,
-                            workers=self.workers, seed=seed, episodes=episodes, sampler=sampler)
-
-    def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
-        """Videos of the newest checkpoint."""
-        return sample_videos(self.trained_policy(run), self.environment, out, seed=seed, count=count,
-                             sampler=self.evaluation.sampler)
+    evaluate = evaluate_run
+    sample = sample_videos
 
     def trained_policy(self, run: Run) -> DiffusionPolicy:
         """The averaged policy of the newest checkpoint."""
