@@ -7,7 +7,7 @@ processes import this module. Results do not depend on the number of workers: ev
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
@@ -235,6 +235,7 @@ class _Worker:
 
 def _serve(pipe: Connection, spec: Environment, count: int, history: int) -> None:
     part = _Slice(spec, count, history)
+    calls: dict[str, Callable[[Any], Any]] = {"reset": part.reset, "step": part.step, "images": lambda _: part.images()}
     while True:
         try:
             method, argument = pipe.recv()
@@ -244,8 +245,7 @@ def _serve(pipe: Connection, spec: Environment, count: int, history: int) -> Non
             part.close()
             return
         try:
-            result = (part.images() if method == "images" else
-                      part.reset(argument) if method == "reset" else part.step(argument))
+            result = calls[method](argument)
         except Exception as error:  # sent to the parent, which raises it
             pipe.send((False, f"{type(error).__name__}: {error}"))
             return
