@@ -121,11 +121,11 @@ def evaluate(policy: RobotPolicy, env: VectorEnv, *, seed: int, episodes: int, s
     """
     require_episodes(episodes)
     acting = evaluation_policy(policy, sampler)
-    played = play(chunks_of(acting), env, seed=seed, episodes=episodes)
+    played = play(in_robot_units(acting), env, seed=seed, episodes=episodes)
     return summary(played, seed=seed, sampler=describe(acting, sampler))
 
 
-def chunks_of(policy: RobotPolicy) -> Callable[[Cond, torch.Generator], Float[Tensor, "B Ta Da"]]:
+def in_robot_units(policy: RobotPolicy) -> Callable[[Cond, torch.Generator], Float[Tensor, "B Ta Da"]]:
     """The policy as a function to chunks in robot units; images are encoded before anything else looks."""
     denoiser = chunk_denoiser(policy)
 
@@ -187,7 +187,7 @@ def record(policy: RobotPolicy, spec: Environment, out: Path, *, seed: int, coun
     import imageio.v2 as imageio
 
     acting = evaluation_policy(policy, sampler)
-    act, generator = chunks_of(acting), torch.Generator().manual_seed(seed)
+    act, generator = in_robot_units(acting), torch.Generator().manual_seed(seed)
     env = for_policy(ChunkVectorEnv(spec, 1, history=chunk_denoiser(acting).history), acting)
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = imageio.get_writer(out, fps=40, macro_block_size=8, codec="libx264")
