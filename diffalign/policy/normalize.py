@@ -25,6 +25,14 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     @classmethod
+    def of(cls, shift: Float[Tensor, "D"], scale: Float[Tensor, "D"]) -> Normalizer:
+        """The one with copies of a known shift and scale."""
+        normalizer = cls(len(shift))
+        normalizer.shift.copy_(shift)
+        normalizer.scale.copy_(scale)
+        return normalizer
+
+    @classmethod
     def fit(cls, data: Float[Tensor, "N D"], mode: Literal["gaussian", "limits"] = "gaussian") -> Normalizer:
         """Statistics of `data`: gaussian maps to mean 0 and std 1, limits maps [min, max] to [-1, 1].
 
@@ -45,17 +53,12 @@ class Normalizer(nn.Module):
         else:
             raise ValueError(f"mode must be 'gaussian' or 'limits', got {mode!r}")
         constant = high - low <= 1e-6 * torch.maximum(high.abs(), torch.ones_like(high))
-        normalizer = cls(data.shape[1])
-        normalizer.shift.copy_(shift)
-        normalizer.scale.copy_(torch.where(constant, torch.ones_like(scale), scale))
-        return normalizer
+        return cls.of(shift, torch.where(constant, torch.ones_like(scale), scale))
 
     def extended(self, count: int) -> Normalizer:
         """The same for features with `count` more after them, which are left as they are."""
-        longer = Normalizer(len(self.shift) + count)
-        longer.shift[: len(self.shift)] = self.shift
-        longer.scale[: len(self.scale)] = self.scale
-        return longer
+        more = self.shift.new_zeros(count)
+        return Normalizer.of(torch.cat((self.shift, more)), torch.cat((self.scale, more + 1)))
 
     def normalize(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(x - shift) / scale."""

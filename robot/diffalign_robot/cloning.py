@@ -108,9 +108,7 @@ class RobotBC:
     def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:
         if self.normalizers_of is None:
             seen = Normalizer.fit(data.obs)
-            every = Normalizer(self.history * len(seen.shift))  # the same for each of them
-            every.shift.copy_(seen.shift.repeat(self.history))
-            every.scale.copy_(seen.scale.repeat(self.history))
+            every = Normalizer.of(seen.shift.repeat(self.history), seen.scale.repeat(self.history))  # the same for each
             return every, Normalizer.fit(data.action, "limits")
         other = chunk_denoiser(load_policy(Path(self.normalizers_of)))
         if other.history != self.history:

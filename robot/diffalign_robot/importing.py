@@ -21,9 +21,9 @@ from diffalign_robot.runs import load_policy
 class RobotImport:
     """A policy of another program, `source` FORMAT:PATH, as a run: copied into its folder and evaluated.
 
-    Formats: lerobot (a folder of save_pretrained). denoising_steps: how many its chain takes here, null for its own;
-    `diffalign export --to FORMAT:PATH` writes that number back. base: demonstrations in the environment's observations,
-    for algorithms that clone beside improving.
+    Formats: lerobot (a folder of save_pretrained), dppo (one with state_N.pt, config.yaml and normalization.npz).
+    denoising_steps: how many its chain takes here, null for its own; `diffalign export --to FORMAT:PATH` writes that
+    number back. base: demonstrations in the environment's observations, for algorithms that clone beside improving.
     """
 
     type: Literal["robot_import"] = "robot_import"

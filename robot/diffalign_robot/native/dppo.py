@@ -26,11 +26,6 @@ from diffalign_robot.native.dppo_net import Staged, StateMLP
 from diffalign_robot.networks import ChunkDenoiser
 
 
-def recognizes(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint of DPPO."""
-    return bool(_checkpoints(folder))
-
-
 def copy(folder: Path, to: Path) -> None:
     """The newest checkpoint with its config and normalization. Raises: ValueError if one of them is missing."""
     to.mkdir(parents=True)
@@ -51,13 +46,10 @@ def read(folder: Path, denoising_steps: int | None = None) -> DiffusionPolicy:
     horizon, history, steps = said["horizon_steps"], said.get("cond_steps", 1), said["denoising_steps"]
     limits = np.load(_files(folder)[2])
     low, high = (torch.from_numpy(limits[f"obs_{which}"]).float() for which in ("min", "max"))
-    observations = Normalizer(history * said["obs_dim"])
-    observations.scale.copy_(((high - low + 1e-6) / 2).repeat(history))  # theirs
-    observations.shift.copy_((low + (high - low + 1e-6) / 2).repeat(history))
+    half = (high - low + 1e-6) / 2  # theirs
+    observations = Normalizer.of((low + half).repeat(history), half.repeat(history))
     low, high = (torch.from_numpy(limits[f"action_{which}"]).float() for which in ("min", "max"))
-    actions = Normalizer(said["action_dim"])
-    actions.scale.copy_((high - low) / 2)
-    actions.shift.copy_((high + low) / 2)
+    actions = Normalizer.of((high + low) / 2, (high - low) / 2)
     denoiser = ChunkDenoiser(net, horizon, observations, actions, history=history,
                              prediction="eps" if config.get("predict_epsilon", True) else "x0")
     implicit, act_steps = config.get("use_ddim", False), said.get("act_steps", horizon)

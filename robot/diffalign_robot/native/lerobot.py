@@ -114,11 +114,6 @@ class Native:
         self.after.save_pretrained(to)
 
 
-def recognizes(folder: Path) -> bool:
-    """Whether the folder holds a policy of lerobot."""
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
-
-
 def copy(folder: Path, to: Path) -> None:
     """The files that make up the policy, without a trainer's state. Raises: ValueError if one is missing."""
     _config(folder)
@@ -144,9 +139,9 @@ def read(folder: Path, denoising_steps: int | None = None) -> DiffusionPolicy:
     norms, before, after = _mended(native), _step(native.before, "Normalizer"), _step(native.after, "Unnormalizer")
     each = [_affine(norms, before, key, config.input_features[key]) for key in native.observed]
     low, scale, offset = (torch.cat(parts * config.n_obs_steps) for parts in map(list, zip(*each, strict=True)))
-    observations = _normalizer(low, scale)
+    observations = Normalizer.of(low, scale)
     low, scale, offset_of_actions = _affine(_statistics(after), after, _ACTION, config.action_feature)
-    actions = _normalizer(low + offset_of_actions * scale, scale)
+    actions = Normalizer.of(low + offset_of_actions * scale, scale)
     net = TableUNet(native.policy.diffusion.unet, path, offset)
     # lerobot concatenates [state, environment] of one observation, then the next one's: as our histories are
     denoiser = ChunkDenoiser(net, config.horizon, observations, actions, history=config.n_obs_steps,
@@ -255,10 +250,3 @@ def _affine(statistics: Mapping[str, Mapping[str, Tensor]], step: Any, key: str,
         return stats["mean"], scale, zero
     low, high = (stats[which] for which in _RANGES[mode.name])
     return low, torch.where(high == low, step.eps, high - low) / 2, one
-
-
-def _normalizer(shift: Tensor, scale: Tensor) -> Normalizer:
-    whole = Normalizer(len(shift))
-    whole.shift.copy_(shift)
-    whole.scale.copy_(scale)
-    return whole
