@@ -1,6 +1,6 @@
 """The table and the figure of docs/methods.md from the run folders METHOD-SEED of scripts/methods_{robot,image}.sh.
 
-    python scripts/methods_figure.py runs/methods-robot --png docs/methods_robot.png
+    python scripts/methods_figure.py runs/methods-pick_place --png docs/methods_pick_place.png
 
 Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), and the curve of
 the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds with a t interval.

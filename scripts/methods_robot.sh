@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
-# Every method on Meta-World pick-place from one cloned policy a seed, then the table and the figure of docs/methods.md.
-#   bash scripts/methods_robot.sh 0 1 2          (about 70 CPU minutes a seed; OUT=folder, METHODS="dppo awm" to choose)
+# Every method on one task from one cloned policy a seed, then the table and the figure of docs/methods.md.
+#   bash scripts/methods_robot.sh 0 1 2          (about 90 CPU minutes a seed; OUT=folder, METHODS="dppo awm" to choose)
+#   TASK=push METHODS="dppo group flow_sde reinflow fpo fpo_plus" bash scripts/methods_robot.sh 0 1 2
+# Tasks: pick_place, push, fetch (extra [fetch]); the on-policy methods run on all. Those that the last line names after group
+# start from a flow policy, cloned from the same demonstrations.
 # What was interrupted goes on, what is finished is kept. One seed in each of several shells uses as many cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${OUT:-runs/methods-robot}
-methods=${METHODS:-dppo awm nft guard noise_ppo seppo dsrl_sac dsrl_na residual residual_step expo rerank}
+task=${TASK:-pick_place}
+out=${OUT:-runs/methods-$task}
+methods=${METHODS:-dppo group flow_sde reinflow fpo fpo_plus awm nft guard noise_ppo seppo dsrl_sac dsrl_na residual residual_step expo rerank}
 configs=configs/robot
 source scripts/methods_run.bash
+
+case $task in  # where, for the recipes that are written for pick-place, and how long the flow is cloned
+  pick_place) there=() flow_steps=600 ;;
+  push) there=(environment.task=push-v3) flow_steps=1500 ;;
+  fetch) there=('environment={type: gymnasium, id: "gymnasium_robotics:FetchPickAndPlace-v4", horizon: 50}') flow_steps=1000 ;;
+  *) echo "TASK must be pick_place, push or fetch, got $task" >&2; exit 2 ;;
+esac
 
 fresh() {  # NAME: 300 episodes that training never saw
   local folder=$out/$1-$seed
@@ -18,8 +29,8 @@ fresh() {  # NAME: 300 episodes that training never saw
 }
 
 for seed in "$@"; do
-  run collect pick_place_collect "seed=$seed"
-  run bc pick_place_bc "seed=$seed" "base=$out/collect-$seed" workers=1
+  run collect "${task}_collect" "seed=$seed"
+  run bc "${task}_bc" "seed=$seed" "base=$out/collect-$seed" workers=1
   fresh bc
   for method in $methods; do
     case $method in
@@ -28,10 +39,15 @@ for seed in "$@"; do
         run rerank pick_place_rerank "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/rollouts-$seed,$out/collect-$seed]" workers=1 ;;
       residual | residual_step | expo | dsrl_na)
         run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
+      dppo) run dppo "${task}_dppo" "seed=$seed" "base=$out/bc-$seed" workers=1 ;;
       seppo) run seppo pick_place_seppo "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
-      *) run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" workers=1 ;;
+      flow_sde | reinflow | fpo | fpo_plus)
+        run bc_flow pick_place_bc_flow "seed=$seed" "base=$out/collect-$seed" "${there[@]}" "pretraining.steps=$flow_steps" workers=1
+        fresh bc_flow
+        run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc_flow-$seed" "${there[@]}" workers=1 ;;
+      *) run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" "${there[@]}" workers=1 ;;
     esac
     fresh "$method"
   done
 done
-python scripts/methods_figure.py "$out" --png docs/methods_robot.png
+python scripts/methods_figure.py "$out" --png "docs/methods_$task.png"

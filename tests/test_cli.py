@@ -263,6 +263,16 @@ def test_python_m_diffalign() -> None:
     assert "nowhere does not exist" in done.stderr
 
 
+@pytest.mark.parametrize("chosen", [None, "active"])
+def test_torchs_threads_sleep_while_they_wait_unless_the_user_says_otherwise(chosen: str | None) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "true"}
+    if chosen is not None:
+        env["OMP_WAIT_POLICY"] = chosen
+    done = subprocess.run([sys.executable, "-c", "import diffalign.cli.main, torch"], capture_output=True, text=True,
+                          check=True, env=env)
+    assert f"OMP_WAIT_POLICY = '{(chosen or 'passive').upper()}'" in done.stderr
+
+
 def test_renderer_is_chosen_by_the_library_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed, expected in (("EGL", "egl"), ("OSMesa", "osmesa"), ("", "disable")):
         monkeypatch.delenv("MUJOCO_GL", raising=False)
