@@ -1,9 +1,9 @@
-"""The table and the figure of docs/methods.md from the run folders METHOD-SEED of scripts/methods_{robot,image}.sh.
+"""The table and the figure from the run folders METHOD-SEED of scripts/methods_{robot,image}.sh and scripts/hopper.sh.
 
     python scripts/methods_figure.py runs/methods-pick_place --png docs/methods_pick_place.png
 
-Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), and the curve of
-the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds with a t interval.
+Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), or with `--value
+return` the mean return of each seed with its own interval, and the curve of the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds with a t interval.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 from diffalign.train.statistics import mean_interval, wilson
 
 BASES = ("bc", "pretrain")
-DATA = ("collect", "rollouts")
+DATA = ("collect", "rollouts", "random", "start", "ppo")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="folder of run folders METHOD-SEED")
     parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--value", choices=["success_rate", "return"], default="success_rate", help="of robots")
     args = parser.parse_args()
     found: dict[str, list[Curve]] = defaultdict(list)
     for run in sorted(args.folder.glob("*-*")):
@@ -52,8 +53,9 @@ def main() -> None:
     if not found:
         raise SystemExit(f"{args.folder} has no finished runs named METHOD-SEED; scripts/methods_robot.sh makes them")
     robot = "bc" in found
-    print("\n".join(robot_table(found) if robot else image_table(found)))
-    draw(found, "success_rate" if robot else "held_out/verifiable", "environment steps" if robot else "images drawn",
+    table = image_table if not robot else return_table if args.value == "return" else robot_table
+    print("\n".join(table(found)))
+    draw(found, args.value if robot else "held_out/verifiable", "environment steps" if robot else "images drawn",
          args.png)
 
 
@@ -87,6 +89,18 @@ def robot_table(found: dict[str, list[Curve]]) -> list[str]:
         each = ", ".join(f"{f['success_rate']:.2f}" for f in fresh)
         rows.append(f"| {method} | {len(fresh)} | {won / played:.3f} [{low:.3f}, {high:.3f}] ({each}) "
                     f"| {last(curves, 'samples') / 1000:.0f}k | {last(curves, 'cpu_s'):.0f} |")
+    return rows
+
+
+def return_table(found: dict[str, list[Curve]]) -> list[str]:
+    """Markdown rows: the mean return on fresh episodes of each seed, environment steps, CPU seconds."""
+    rows = ["| method | return on fresh episodes, a seed each | environment steps | CPU s |", "|---|---|---|---|"]
+    for method, curves in found.items():
+        each = [f"{f['return_mean']:.0f} [{f['return_interval'][0]:.0f}, {f['return_interval'][1]:.0f}]"
+                for f in (curve.fresh for curve in curves) if f]
+        if each:
+            rows.append(f"| {method} | {', '.join(each)} | {last(curves, 'samples') / 1000:.0f}k "
+                        f"| {last(curves, 'cpu_s'):.0f} |")
     return rows
 
 

@@ -20,18 +20,10 @@ case $task in  # where, for the recipes that are written for pick-place, and how
   *) echo "TASK must be pick_place, push or fetch, got $task" >&2; exit 2 ;;
 esac
 
-fresh() {  # NAME: 300 episodes that training never saw
-  local folder=$out/$1-$seed
-  if [ ! -f "$folder/fresh.json" ]; then
-    diffalign evaluate "$folder" --seed 100 --episodes 300 --json > "$folder/fresh.partial"
-    mv "$folder/fresh.partial" "$folder/fresh.json"
-  fi
-}
-
 for seed in "$@"; do
   run collect "${task}_collect" "seed=$seed"
   run bc "${task}_bc" "seed=$seed" "base=$out/collect-$seed" workers=1
-  fresh bc
+  fresh bc 300
   for method in $methods; do
     case $method in
       rerank)
@@ -43,11 +35,11 @@ for seed in "$@"; do
       seppo) run seppo pick_place_seppo "seed=$seed" "base=$out/bc-$seed" "demonstrations=[$out/collect-$seed]" workers=1 ;;
       flow_sde | reinflow | fpo | fpo_plus)
         run bc_flow pick_place_bc_flow "seed=$seed" "base=$out/collect-$seed" "${there[@]}" "pretraining.steps=$flow_steps" workers=1
-        fresh bc_flow
+        fresh bc_flow 300
         run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc_flow-$seed" "${there[@]}" workers=1 ;;
       *) run "$method" "pick_place_$method" "seed=$seed" "base=$out/bc-$seed" "${there[@]}" workers=1 ;;
     esac
-    fresh "$method"
+    fresh "$method" 300
   done
 done
 python scripts/methods_figure.py "$out" --png "docs/methods_$task.png"
