@@ -3,7 +3,8 @@
     python scripts/methods_figure.py runs/methods-pick_place --png docs/methods_pick_place.png
 
 Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), or with `--value
-return` the mean return of each seed with its own interval, and the curve of the run's own evaluations. Image: the last evaluation on held-out captions, mean over the seeds with a t interval.
+return` the mean return of each seed with its own interval, and the curve of the run's own evaluations. Image: the last
+evaluation on held-out captions, mean over the seeds with a t interval.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 
 from diffalign.train.statistics import mean_interval, wilson
 
-BASES = ("bc", "pretrain")
+BASES = ("bc", "bc_flow", "pretrain")
 DATA = ("collect", "rollouts", "random", "start", "ppo")
 
 
