@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("diffalign", "tests", "robot", "image", "configs", "pyproject.toml", "README.md")
+COPIED = ("diffalign", "tests", "robot", "image", "configs", "scripts", "pyproject.toml", "README.md")
 WORKERS = 2
 
 
