@@ -24,7 +24,7 @@ import yaml
 
 from diffalign.train.statistics import mean_interval, wilson
 
-BASES = ("bc", "pretrain")
+BASES = ("bc", "pretrain", "distill")
 DATA = ("collect", "rollouts")
 
 
