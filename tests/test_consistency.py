@@ -119,7 +119,7 @@ def test_distillation_reaches_the_closed_form(target):
     torch.manual_seed(0)
     student = toy_policy(Affine(), CPS(noise_level=1.0), steps=2)
     teacher = toy_policy(GaussianDenoiser(FlowPath(), "flow", MEAN, STD), ODE())
-    plan = Distillation(fitting=FITTING, grid=8, target=target, huber=None)
+    plan = Distillation(fitting=FITTING, grid=8, target=target)
     t = Schedule(steps=8).times()[:-1]
     reached = float((1 - (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2) / 8).prod())
     state = fresh_state(FITTING, student.denoiser, seed=0)
@@ -139,7 +139,7 @@ def test_the_target_is_the_average_or_the_student(target):
     torch.manual_seed(0)
     student = toy_policy(MLPDenoiser(), CPS(noise_level=1.0), steps=2)
     teacher = toy_policy(GaussianDenoiser(FlowPath(), "flow", MEAN, STD), ODE())
-    plan = Distillation(fitting=replace(FITTING, steps=6), grid=4, target=target)
+    plan = Distillation(fitting=replace(FITTING, steps=6), grid=4, target=target, huber=0.1)
     state = fresh_state(plan.fitting, student.denoiser, seed=0)
     loop = distill(plan, student, teacher, gaussian_batch, state)
     for _ in range(5):

@@ -54,7 +54,7 @@ class Distillation:
     fitting: Pretraining
     grid: int = 16
     target: Literal["average", "student"] = "average"
-    huber: float | None = 0.00054
+    huber: float | None = None
 
     def __post_init__(self) -> None:
         if self.grid < 1:
