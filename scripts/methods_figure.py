@@ -25,7 +25,7 @@ import yaml
 
 from diffalign.train.statistics import mean_interval, wilson
 
-BASES = ("bc", "bc_flow", "pretrain")
+BASES = ("bc", "bc_flow", "pretrain", "distill")
 DATA = ("collect", "rollouts", "random", "start", "ppo")
 
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-runs/methods-image}
-methods=${METHODS:-ddpo dpok loop flow_grpo dance_grpo cps flow_grpo_fast mix_grpo guard awm nft orw seppo dpo noise_ppo best_of}
+methods=${METHODS:-ddpo dpok loop flow_grpo dance_grpo cps flow_grpo_fast mix_grpo guard awm nft orw seppo dpo noise_ppo rlcm best_of}
 configs=configs/image
 source scripts/methods_run.bash
 
@@ -13,6 +13,9 @@ for seed in "$@"; do
   run pretrain shapes_pretrain "seed=$seed"
   for method in $methods; do
     case $method in
+      rlcm)
+        run distill shapes_distill "base=$out/pretrain-$seed" "seed=$seed"
+        run rlcm shapes_rlcm "base=$out/distill-$seed" "seed=$seed" ;;
       best_of) run best_of shapes_best_of "base=$out/pretrain-$seed" ;;
       *) run "$method" "shapes_$method" "base=$out/pretrain-$seed" "seed=$seed" ;;
     esac

@@ -14,6 +14,7 @@ from diffalign.algorithms import AWM, DDPO, DPO, DPPO, FlowGRPO, NoisePPO, SePPO
 from diffalign.diffusion import CPS, ODE, FlowPath, Schedule
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.rl.surrogates import PPOClip
+from diffalign.train.consistency import Distillation
 from diffalign.train.on_policy import Optimization
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining
@@ -26,7 +27,7 @@ from diffalign_image.autoencoder import (
     freeze,
 )
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
-from diffalign_image.jobs import ImageAlign, ImageBestOf, ImageCompose, ImagePreference, ImagePretrain
+from diffalign_image.jobs import ImageAlign, ImageBestOf, ImageCompose, ImageDistill, ImagePreference, ImagePretrain
 from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
@@ -36,7 +37,7 @@ from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
 
-Job = ImagePretrain | ImageAlign | ImagePreference | ImageCompose | ImageBestOf
+Job = ImagePretrain | ImageDistill | ImageAlign | ImagePreference | ImageCompose | ImageBestOf
 TINY = ShapesModel(width=32, layers=2, patch=4, text_channels=32, text_layers=1)
 SMALL = AutoencoderTraining(latent_channels=2, channels=(8, 8, 8), steps=3, batch_size=4)
 EVENT = (2, 8, 8)
@@ -405,6 +406,100 @@ def test_pairs_are_the_best_and_the_worst_of_their_caption(base: Path) -> None:
 def test_preference_data_must_fit_the_algorithm(base: Path) -> None:
     with pytest.raises(ValueError, match="needs losers, which data of type renders have not"):
         preference_job(base, 2, algorithm=DPO())
+
+
+def distillation_job(base: Path, **changes: object) -> ImageDistill:
+    fitting = Pretraining(steps=3, batch_size=4, warmup_steps=1, learning_rate=1e-3, ema_decay=0.5, time="grid")
+    job = ImageDistill(base=str(base), distillation=Distillation(fitting=fitting, grid=6), pool_images=8,
+                       schedule=Schedule(steps=3, shift=2.0), fewer=(1,), teacher_steps=4, evaluation=QUICK,
+                       checkpoint_every=1)
+    return replace(job, **changes)
+
+
+@pytest.fixture(scope="module")
+def distilled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(tmp_path_factory.mktemp("distilled") / "run", distillation_job(base)).path
+
+
+def test_distillation_evaluates_teacher_and_student_and_resumes_exactly(base: Path, distilled: Path, tmp_path: Path
+                                                                        ) -> None:
+    results = {file.stem: json.loads(file.read_text()) for file in (distilled / "evaluations").iterdir()}
+    assert {name: (result["sampler"].split("(")[0], result["step"]) for name, result in results.items()} == {
+        "before": ("ode", 0), "steps_1": ("cps", 3), "after": ("cps", 3)}
+    assert "4 steps, shift 2" in results["before"]["sampler"]
+    assert "1 steps" in results["steps_1"]["sampler"]
+    assert results["before"]["end_error"] != results["after"]["end_error"] > 0
+    assert lines(distilled, "eval")[-1]["end_error"] == results["after"]["end_error"]
+
+    job, path = distillation_job(base), tmp_path / "killed"
+    train_until(path, job, 3)
+    start(path, job, resume=True)
+    assert lines(path, "train") == lines(distilled, "train")
+    assert json.loads((path / "evaluations" / "after.json").read_text()) == results["after"]
+    finished, resumed = (pipeline.load(str(run), consistency=True).denoiser.state_dict() for run in (distilled, path))
+    assert all(torch.equal(finished[name], resumed[name]) for name in finished)
+
+    again = job.evaluate(Run(distilled), seed=QUICK.seed, episodes=None, sampler=None)
+    assert {**again, "step": 3} == results["after"]
+    assert job.evaluate(Run(distilled), seed=0, episodes=None, sampler="ode")["sampler"].startswith("ode(3 steps")
+    before, after = job.sample(Run(distilled), tmp_path, seed=0, count=2)
+    assert (before.name, after.name) == ("before.png", "after.png")
+    assert before.read_bytes() != after.read_bytes()
+
+
+def test_a_distilled_pipeline_draws_by_multistep_consistency_sampling(distilled: Path) -> None:
+    parts = pipeline.load(str(distilled), consistency=True)
+    policy = replace(policy_of(parts, steps=3, shift=2.0), kernel=CPS(noise_level=1.0))
+    cond = encode_captions(parts.tokenizer, parts.text_encoder, CAPTIONS)
+    latents = policy.act(cond, generator=torch.Generator().manual_seed(7)).action
+    drawn = ShapesPipeline.from_pretrained(distilled / "pipeline")(
+        CAPTIONS, num_inference_steps=3, generator=torch.Generator().manual_seed(7), output_type="pt").images
+    torch.testing.assert_close(drawn, decode_latents(parts.autoencoder, latents), atol=1e-4, rtol=0)
+
+
+def test_rlcm_trains_the_noisy_steps_of_a_consistency_model(distilled: Path, tmp_path: Path) -> None:
+    job = alignment_job(distilled, 2, algorithm=DDPO(), kernel=CPS(noise_level=1.0), evaluate_every=None)
+    run = start(tmp_path / "run", job)
+    first, last = lines(run.path, "eval")
+    assert (first["kl_nats"], last["kl_nats"] > 0) == (0, True)
+    assert all(record["ratio_drift"] < 1e-2 for record in lines(run.path, "train"))
+    models = Models.load(str(run.path), job.schedule, job.kernel, consistency=True)  # what it writes is one again
+    cond = encode_captions(models.parts.tokenizer, models.parts.text_encoder, CAPTIONS)
+    trajectory = models.policy.act(cond, generator=torch.Generator().manual_seed(0)).trajectory
+    assert trajectory.trained.tolist() == [True, True, False]  # the last step has no noise and no density
+    after = json.loads((run.path / "evaluations" / "after.json").read_text())
+    assert after["sampler"] == "cps(3 steps, shift 1, stochastic)"
+    assert {**job.evaluate(run, seed=QUICK.seed, episodes=None, sampler=None), "step": 2} == after
+
+
+def test_a_consistency_model_is_not_taken_for_a_flow(base: Path, distilled: Path, tmp_path: Path) -> None:
+    flows = (distillation_job(distilled), alignment_job(distilled, 1, algorithm=AWM()),
+             ImageBestOf(base=str(distilled), reward=Jpeg(), evaluation=QUICK),
+             ImageCompose(parents=(str(base), str(distilled)), reward=Jpeg(), evaluation=QUICK),
+             preference_job(distilled, 1))
+    for number, job in enumerate(flows):
+        with pytest.raises(ValueError, match=r"is a consistency model .* which has no ODE"):
+            start(tmp_path / str(number), job)
+    with pytest.raises(ValueError, match="sampled by kernel"):
+        start(tmp_path / "kernel", alignment_job(distilled, 1, algorithm=DDPO()))
+    with pytest.raises(ValueError, match=r"is a consistency model .* which has no ODE"):
+        start(tmp_path / "flow", alignment_job(base, 1, reference=str(distilled)))
+    rlcm = alignment_job(distilled, 1, algorithm=DDPO(), kernel=CPS(noise_level=1.0), reference=str(base))
+    with pytest.raises(ValueError, match="their chains differ before any training"):
+        start(tmp_path / "reference", rlcm)
+
+
+def test_distillation_refuses_what_it_cannot_learn(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"diffalign train configs/image/shapes_pretrain\.yaml --run"):
+        start(tmp_path / "a", distillation_job(tmp_path / "missing"))
+    for wrong, message in (({"schedule": Schedule(steps=4)}, "that divides the grid"),
+                           ({"schedule": Schedule(steps=6), "fewer": (4,)}, "that divides the grid"),
+                           ({"fewer": (0,)}, "fewer must be step counts"),
+                           ({"fewer": (3,)}, "fewer must be step counts"),
+                           ({"teacher_steps": 0}, "teacher_steps must be at least 1"),
+                           ({"pool_images": 0}, "pool_images must be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            distillation_job(base, **wrong)
 
 
 def test_refusals_say_what_to_do(base: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ _JOBS = {
     "robot_recordings": ("Recorded robot episodes", "episodes", "As the robot noted them, or as you labelled them."),
     "robot_compose": ("Composition of robot policies", "weights tried", "Success of each candidate in the search."),
     "image_pretrain": ("Image model pre-training", "steps", "Measured on training batches."),
+    "image_distill": ("Consistency distillation of an image model", "steps", "Measured on training batches."),
     "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),
     "image_compose": ("Composition of image models", "weights tried", "Reward of each candidate in the search."),
     "image_best_of": ("Best of several images", "images drawn for one that is kept", ""),

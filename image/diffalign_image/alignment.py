@@ -24,9 +24,10 @@ class ImageAlign:
 
     base: the run folder of the model to start from, pre-trained or aligned. reference: that of the model against which
     the KL is reported and penalized; null is the base. kernel, schedule and trained are the sampler of the rollouts;
-    evaluations sample the ODE on the same schedule. One iteration makes prompts_per_update x images_per_prompt images;
-    with shared_noise those of a prompt start from the same noise. steering: hidden widths of a network that chooses
-    the initial noise of the frozen model, for noise_ppo; null trains the model itself.
+    evaluations sample the ODE on the same schedule. A base that image_distill made is a consistency model: rollouts and
+    evaluations alike sample it by kernel {type: cps, noise_level: 1.0} (RLCM). One iteration makes prompts_per_update x
+    images_per_prompt images; with shared_noise those of a prompt start from the same noise. steering: hidden widths of
+    a network that chooses the initial noise of the frozen model, for noise_ppo; null trains the model itself.
     """
 
     type: Literal["image_align"] = "image_align"
@@ -78,4 +79,5 @@ class ImageAlign:
 
     def _models(self) -> Models:
         return Models.load(self.base, self.schedule, self.kernel, self.trained, reference=self.reference,
-                           steering=self.steering, seed=self.seed)
+                           steering=self.steering, seed=self.seed,
+                           consistency="gaussian step" in self.algorithm.compose().likelihood.provides)

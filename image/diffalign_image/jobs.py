@@ -3,8 +3,9 @@
 from diffalign_image.alignment import ImageAlign
 from diffalign_image.best_of import ImageBestOf
 from diffalign_image.composition import ImageCompose
+from diffalign_image.distillation import ImageDistill
 from diffalign_image.finetuning import ImageFinetune
 from diffalign_image.preference import ImagePreference
 from diffalign_image.pretraining import ImagePretrain
 
-JOBS = (ImagePretrain, ImageAlign, ImagePreference, ImageCompose, ImageBestOf, ImageFinetune)
+JOBS = (ImagePretrain, ImageDistill, ImageAlign, ImagePreference, ImageCompose, ImageBestOf, ImageFinetune)

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffalign import choices
 from diffalign.algorithms import Algorithm
-from diffalign.diffusion import FlowPath, Schedule, TrainedSteps
+from diffalign.diffusion import CPS, FlowPath, Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.normalize import Normalizer
 from diffalign.policy.protocols import Denoiser
@@ -26,6 +26,7 @@ from diffalign_image.pipeline import Parts
 from diffalign_image.shapes import scenes
 from diffalign_image.text import encode_captions
 
+CONSISTENCY = CPS(noise_level=1.0)  # the multistep sampler of a consistency model
 _GRID = 32  # pictures in the grids that training writes
 
 
@@ -39,13 +40,26 @@ class Models:
 
     @classmethod
     def load(cls, base: str, schedule: Schedule, kernel: choices.Kernel, trained: TrainedSteps | None = None, *,
-             reference: str | None = None, steering: Sequence[int] | None = None, seed: int = 0) -> Models:
+             reference: str | None = None, steering: Sequence[int] | None = None, seed: int = 0,
+             consistency: bool = False) -> Models:
         """The model of the run `base`, and frozen that of the run `reference` or the base's own.
 
-        With steering (hidden widths) the model is frozen and its initial noise is learned from the text.
+        With steering (hidden widths) the model is frozen and its initial noise is learned from the text. consistency:
+        the caller can train a consistency model, by the kernel that samples it.
+
+        Raises: ValueError for a run that holds no model, or one that cannot be trained or compared so.
         """
-        parts = pipeline.load(base)
-        held = parts.denoiser if reference is None else pipeline.load(reference).denoiser
+        parts = pipeline.load(base, consistency=consistency)
+        if parts.consistency and kernel != CONSISTENCY:
+            raise ValueError(f"{base} is a consistency model, sampled by kernel {{type: cps, noise_level: 1.0}} "
+                             f"alone; got {kernel}")
+        held = parts.denoiser
+        if reference is not None:
+            other = pipeline.load(reference, consistency=parts.consistency)
+            if parts.consistency and not other.consistency:
+                raise ValueError(f"the base {base} is a consistency model and the reference {reference} is none: their "
+                                 "chains differ before any training; take the run that image_distill made")
+            held = other.denoiser
         if held.event != parts.denoiser.event:
             raise ValueError(f"the reference {reference} has latents {held.event} and the base {base} "
                              f"{parts.denoiser.event}; take the run that the base started from")
@@ -63,6 +77,11 @@ class Models:
         return self
 
     @property
+    def sampler(self) -> Sampler:
+        """How evaluations draw: by the ODE, a consistency model by its own kernel."""
+        return "stochastic" if self.parts.consistency else "ode"
+
+    @property
     def trained(self) -> nn.Module:
         """The module that training changes: the denoiser, or the denoiser with its noise net."""
         return cast(nn.Module, self.policy.denoiser)
@@ -70,7 +89,7 @@ class Models:
     def report(self, run: Run, name: str, evaluation: Evaluation, state: TrainState) -> None:
         """Evaluate the averaged weights and write the result into the run."""
         with state.ema_modules():
-            report(run, name, self.policy, self.parts, evaluation, state.step, self.reference)
+            report(run, name, self.policy, self.parts, evaluation, state.step, self.reference, sampler=self.sampler)
 
     def save(self, run: Run, schedule: Schedule, state: TrainState) -> None:
         """Write the averaged weights as a pipeline folder; a steered model has none, its denoiser is the base's."""
@@ -82,12 +101,12 @@ class Models:
     def evaluate(self, evaluation: Evaluation, *, seed: int, images: int | None, sampler: str | None) -> dict[str, Any]:
         """Rewards and KL on held-out captions."""
         return evaluate(self.policy, self.parts, sized(evaluation, seed, images), reference=self.reference,
-                        sampler=chosen_sampler(sampler, stochastic=self.policy.kernel.stochastic))
+                        sampler=chosen_sampler(sampler or self.sampler, stochastic=self.policy.kernel.stochastic))
 
     def sample(self, evaluation: Evaluation, out: Path, *, seed: int, count: int) -> list[Path]:
         """Two grids for the same held-out captions and noise: the pre-trained model and the aligned one."""
         before = replace(self.policy, denoiser=self.reference)
-        return [grid(policy, self.parts, evaluation, out, name, seed, count)
+        return [grid(policy, self.parts, evaluation, out, name, seed, count, self.sampler)
                 for name, policy in (("before", before), ("after", self.policy))]
 
 
@@ -155,29 +174,28 @@ def require_positive(job: object, *names: str) -> None:
 
 
 def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, step: int,
-           reference: Denoiser | None = None) -> None:
-    """evaluations/<name>.json, a line of metrics, and samples/<name>.png."""
-    record(run, name, evaluate(policy, parts, evaluation, reference=reference), step)
-    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID)
+           reference: Denoiser | None = None, *, sampler: Sampler = "ode", extra: Mapping[str, float] | None = None
+           ) -> None:
+    """evaluations/<name>.json, with what is `extra`, a line of metrics, and samples/<name>.png."""
+    result = evaluate(policy, parts, evaluation, sampler=sampler, reference=reference)
+    record(run, name, {**result, **(extra or {})}, step)
+    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID, sampler)
 
 
 def record(run: Run, name: str, result: Mapping[str, Any], step: int) -> None:
     """evaluations/<name>.json and a line of metrics."""
     run.write_json(f"evaluations/{name}.json", {**result, "step": step})
     metrics = {f"{result['split']}/{reward}": values["mean"] for reward, values in result["rewards"].items()}
-    if "kl_nats" in result:
-        metrics["kl_nats"] = result["kl_nats"]
-    if "diversity" in result:
-        metrics["diversity"] = result["diversity"]
+    metrics |= {name: result[name] for name in ("kl_nats", "diversity", "end_error") if name in result}
     run.log(step, metrics, phase="eval")
 
 
 def grid(policy: DiffusionPolicy, parts: Parts, evaluation: Evaluation, folder: Path, name: str, seed: int,
-         count: int) -> Path:
-    """folder/<name>.png: `count` pictures by the ODE for the evaluation's captions."""
+         count: int, sampler: Sampler = "ode") -> Path:
+    """folder/<name>.png: `count` pictures for the evaluation's captions."""
     captions = pick_captions(evaluation)
     some = [captions[i % len(captions)] for i in range(count)]
-    return save_grid(draw(sampler_policy(policy, "ode"), parts, some, seed=seed), folder / f"{name}.png")
+    return save_grid(draw(sampler_policy(policy, sampler), parts, some, seed=seed), folder / f"{name}.png")
 
 
 def sized(evaluation: Evaluation, seed: int, images: int | None) -> Evaluation:
