@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # LeRobot's DiffusionPolicy trained by lerobot, improved by diffalign, reloaded by lerobot: the figures of docs/lerobot.md.
-#   scripts/lerobot.sh [FOLDER]        needs the extras [robot] and [lerobot]; about 15 CPU minutes
+#   scripts/setup.sh robot,lerobot
+#   scripts/lerobot.sh [FOLDER]        FOLDER must be new; about 15 CPU minutes
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 out=${1:-runs/lerobot}
 diffalign collect configs/robot/push_collect.yaml --run "$out/collect"
 diffalign data convert "$out/collect" --parts state=4,environment_state=35 --rate-hz 80 --to "lerobot:$out/data"

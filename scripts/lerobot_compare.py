@@ -29,7 +29,8 @@ def main() -> None:
         given, out = Path(folder) / "given.npz", Path(folder) / "out.npy"
         np.savez(given, obs=obs.numpy(), noise=noise.numpy())
         alone = Path(__file__).with_name("lerobot_actions.py")
-        subprocess.run([sys.executable, str(alone), sys.argv[2], str(given), str(out)], check=True, cwd=folder)
+        subprocess.run([sys.executable, str(alone), str(Path(sys.argv[2]).resolve()), str(given), str(out)],
+                       check=True, cwd=folder)
         theirs = torch.from_numpy(np.load(out))
     ours = []
     for step in range(0, length, last - first):

@@ -243,7 +243,7 @@ def test_a_checkpoint_is_imported_improved_and_exported(tmp_path, capsys):
     ours = policy.with_sampler(dppo.read(out).kernel).denoiser.action_normalizer.unnormalize(decision.action)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
     assert main(["export", str(run.path), "--to", f"lerobot:{out}"]) == 2
-    assert "was imported from dppo, it can be written back as dppo:DIR only" in capsys.readouterr().err
+    assert "was imported from dppo, it can be written back as dppo:PATH only" in capsys.readouterr().err
 
 
 def test_what_an_imported_policy_cannot_do_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Pretraining, fresh_state
-from diffalign_robot.choices import Environment
+from diffalign_robot.choices import Environment, Robosuite
 from diffalign_robot.evaluation import Evaluation, evaluate_and_log, evaluate_run, film, open_env, sample_videos
 from diffalign_robot.native import formats
 from diffalign_robot.runs import load_policy
@@ -21,7 +21,8 @@ from diffalign_robot.runs import load_policy
 class RobotImport:
     """A policy of another program, `source` FORMAT:PATH, as a run: copied into its folder and evaluated.
 
-    Formats: lerobot (a folder of save_pretrained), dppo (one with state_N.pt, config.yaml and normalization.npz).
+    Formats: lerobot (a folder of save_pretrained), dppo (one with state_N.pt, config.yaml and normalization.npz),
+    robomimic (a .pth of its train.py).
     denoising_steps: how many its chain takes here, null for its own; `diffalign export --to FORMAT:PATH` writes that
     number back. base: demonstrations in the environment's observations, for algorithms that clone beside improving.
     """
@@ -51,6 +52,7 @@ class RobotImport:
         found = formats.place(self.source)
         assert found is not None
         name, path = found
+        self._check_order(formats.observed(name, path))
         policy = formats.read(name, path, self.denoising_steps)
         env = open_env(self.environment, policy, self.num_envs, self.workers)
         kept, partial = formats.kept(run.path), run.path / ".native.partial"
@@ -64,6 +66,11 @@ class RobotImport:
         evaluate_and_log(run, policy, env, self.evaluation, seed=self.seed, step=0, name="after")
         film(run, policy, self.environment, self.evaluation, seed=self.seed, name="after")
         env.close()
+
+    def _check_order(self, keys: tuple[str, ...]) -> None:
+        if keys and isinstance(self.environment, Robosuite) and self.environment.keys != keys:
+            raise ValueError(f"the policy sees {', '.join(keys)} in this order, the environment shows "
+                             f"{', '.join(self.environment.keys)}; set environment.keys to [{', '.join(keys)}]")
 
     evaluate = evaluate_run
     sample = sample_videos

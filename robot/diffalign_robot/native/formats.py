@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign_robot.native import dppo, lerobot
+from diffalign_robot.native import dppo, lerobot, robomimic
 
-FORMATS: dict[str, ModuleType] = {"lerobot": lerobot, "dppo": dppo}
+FORMATS: dict[str, ModuleType] = {"lerobot": lerobot, "dppo": dppo, "robomimic": robomimic}
 
 
 def place(text: str) -> tuple[str, Path] | None:
@@ -26,6 +26,11 @@ def read(name: str, path: Path, denoising_steps: int | None = None) -> Diffusion
 def copy(name: str, path: Path, to: Path) -> None:
     """Copy the files that make up the policy into the new folder `to`."""
     FORMATS[name].copy(path, to)
+
+
+def observed(name: str, path: Path) -> tuple[str, ...]:
+    """The simulator's names of what the policy sees, in its order; () for a format that does not say them."""
+    return robomimic.observed(path) if name == "robomimic" else ()
 
 
 def kept(run: Path) -> Path:

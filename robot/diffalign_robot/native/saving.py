@@ -38,7 +38,7 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
     imported = origin(run)
     came = config_of(imported, "diffalign train CONFIG")["source"].partition(":")[0]
     if came != name:
-        raise ValueError(f"{run} was imported from {came}, it can be written back as {came}:DIR only, got {name}")
+        raise ValueError(f"{run} was imported from {came}, it can be written back as {came}:PATH only, got {name}")
     if not isinstance(policy, DiffusionPolicy) or not isinstance(policy.denoiser, ChunkDenoiser):
         what = type(policy.denoiser if isinstance(policy, DiffusionPolicy) else policy).__name__
         raise ValueError(f"a {what} has no place in a policy of {name}; export the run "
@@ -46,7 +46,7 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
     if to.exists():
         raise ValueError(f"{to} is already there; choose another path")
     partial = to.parent / f".{to.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     module, normalizer = formats.FORMATS[name], policy.denoiser.observation_normalizer
     generator = torch.Generator().manual_seed(0)
@@ -60,5 +60,13 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
                              f"at most {allowed:.3g} is allowed; nothing was written. Please report this as a defect")
         partial.rename(to)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     return {"policy": str(to), "format": name, "observations": len(obs), "max_abs_difference": found}
+
+
+def _remove(path: Path) -> None:
+    """Some formats are folders, some are files."""
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
