@@ -111,8 +111,8 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder with a robot policy")
-    to = ("folder of the package, must be empty or not exist; lerobot:DIR or dppo:DIR writes an imported "
-          "policy back in the format it came in")
+    to = ("folder of the package, must be empty or not exist; lerobot:DIR, dppo:DIR or robomimic:FILE writes "
+          "an imported policy back in the format it came in")
     parser.add_argument("--to", metavar="DIR", required=True, help=to)
     sampler = "how actions are drawn from the policy (default: as the recipe evaluates)"
     parser.add_argument("--sampler", choices=["stochastic", "zero_noise", "ode"], help=sampler)
