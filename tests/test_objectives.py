@@ -246,6 +246,16 @@ def test_value_net_starts_at_zero_and_normalizes_its_observation():
     assert "normalizer.shift" in net.state_dict()
 
 
+def test_value_net_holds_what_is_far_away():
+    """A feature that hardly moved in the data, 400 standard deviations off, counts as 10; a near one as it is."""
+    normalizer = Normalizer.of(torch.zeros(2), torch.tensor([1.0, 0.005]))
+    net = ValueNet(2, (8,), normalizer=normalizer)
+    torch.nn.init.normal_(net.net[-1].weight)
+    far, held = torch.tensor([[3.0, 2.0], [3.0, -2.0]]), torch.tensor([[3.0, 0.05], [3.0, -0.05]])
+    torch.testing.assert_close(net({"obs": far}), net({"obs": held}))
+    assert (net({"obs": held}) - net({"obs": held * 0.99})).abs().min() > 1e-4
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 def test_contrastive_matching_is_diffusion_nft(beta):
     """The published loss in velocities on the flow path, without its factor 5 and summed over the event."""
