@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh image,robot,dev
 
-# Nothing may reach the network or the user's caches; small tensors are fastest on one thread.
+# Nothing may reach the network or the user's caches; small tensors are fastest on one thread. Two processes share the test files;
+# --numprocesses 0 among the arguments runs them one after the other.
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 HF_HOME="$scratch" HF_LEROBOT_HOME="$scratch" HF_LEROBOT_CALIBRATION="$scratch"
@@ -20,5 +21,5 @@ check ruff .venv/bin/ruff check --quiet --output-format concise .
 check mypy .venv/bin/mypy
 check lint-imports .venv/bin/lint-imports --no-logo
 if [ -n "$failed" ]; then echo "==> failed so far:$failed"; fi
-check pytest .venv/bin/python -m pytest --quiet "$@"
+check pytest .venv/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile "$@"
 [ -z "$failed" ]

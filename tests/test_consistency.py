@@ -110,7 +110,7 @@ def test_the_loss_by_hand():
     assert teacher.denoiser.velocity.grad is None
 
 
-@pytest.mark.parametrize("target", ["average", "student"])
+@pytest.mark.parametrize("target", ["average", pytest.param("student", marks=pytest.mark.slow)])
 def test_distillation_reaches_the_closed_form(target):
     """One call ends where 8 Euler steps end, m + s_8 x; the teacher's ends at m whatever the noise.
 

@@ -87,7 +87,8 @@ def adapters(model: Pretrained) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [
-    pytest.param(name, algorithm, marks=() if name == "wan" or algorithm == "flow_grpo" else pytest.mark.slow)
+    pytest.param(name, algorithm, marks=() if algorithm == "flow_grpo" or (name, algorithm) == ("wan", "nft") else
+                 pytest.mark.slow)
     for name in SIZES for algorithm in ALGORITHMS])
 def test_two_updates_move_the_adapters(folder: Path, name: str, algorithm: str) -> None:
     model = loaded(folder, name)
