@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from diffalign.rl.likelihoods import Rows, Scored, Signal
-from diffalign.rl.surrogates import SurrogateLoss, Unit, bounds, positive, tempered
+from diffalign.rl.surrogates import SurrogateLoss, Unit, bounds, leaves_lower_limit, positive, tempered
 from diffalign.spec import spec
 
 
@@ -31,8 +31,7 @@ class ClampedRatio:
 
     def __post_init__(self) -> None:
         positive(self, "limit")
-        if self.unit == "per_dim" and self.limit >= 1:
-            raise ValueError(f"a per_dim limit of {self.limit} leaves no lower limit (1 - limit must be positive)")
+        leaves_lower_limit("limit", self.limit, self.unit)
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Clamped loss, scaled so that its gradient starts as -A grad log p."""

@@ -88,6 +88,12 @@ def positive(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
+def leaves_lower_limit(name: str, value: float, unit: Unit) -> None:
+    """Raises: ValueError naming a bound whose per_dim limits 1 +- value have a lower one that is not positive."""
+    if unit == "per_dim" and value >= 1:
+        raise ValueError(f"a per_dim {name} of {value} leaves no lower limit (1 - {name} must be positive)")
+
+
 @spec
 class PPOClip:
     """PPO's clip. low/high bound the log-ratio in joint nats, or with unit per_dim the mean-over-dims ratio.
@@ -108,8 +114,7 @@ class PPOClip:
 
     def __post_init__(self) -> None:
         positive(self, "low", "high", "step_rate", "step_start")
-        if self.unit == "per_dim" and self.low >= 1:
-            raise ValueError(f"a per_dim low of {self.low} leaves no lower limit (1 - low must be positive)")
+        leaves_lower_limit("low", self.low, self.unit)
         if self.dual is not None and self.dual <= 1:
             raise ValueError(f"dual must exceed 1, got {self.dual}")
 
