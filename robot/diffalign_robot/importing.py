@@ -38,9 +38,7 @@ class RobotImport:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if formats.place(self.source) is None:
-            raise ValueError(f"source must be FORMAT:PATH with FORMAT one of {', '.join(formats.FORMATS)}, "
-                             f"got {self.source!r}")
+        formats.source(self.source)
         for name in ("num_envs", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -49,9 +47,7 @@ class RobotImport:
 
     def train(self, run: Run) -> None:
         """Copy, save as a checkpoint of ours, evaluate."""
-        found = formats.place(self.source)
-        assert found is not None
-        name, path = found
+        name, path = formats.source(self.source)
         self._check_order(formats.observed(name, path))
         policy = formats.read(name, path, self.denoising_steps)
         env = open_env(self.environment, policy, self.num_envs, self.workers)

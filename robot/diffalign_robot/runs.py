@@ -112,7 +112,8 @@ def _unfilled(folder: Path) -> DiffusionPolicy:
         raise ValueError(f"{folder} is a robot_off_policy run: its base policy is in {config['base']}, its actor and "
                          "critic improve that one; take the base run")
     if config["type"] == "robot_import":
-        return formats.read(config["source"].partition(":")[0], formats.kept(folder), config["denoising_steps"])
+        name, _ = formats.source(config["source"])
+        return formats.read(name, formats.kept(folder), config["denoising_steps"])
     if config["type"] != "robot_bc":
         raise ValueError(f"{folder} is a {config['type']} run; a policy comes from a robot_bc, robot_import, "
                          "robot_align or robot_preference run")

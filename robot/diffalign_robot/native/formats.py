@@ -17,6 +17,14 @@ def place(text: str) -> tuple[str, Path] | None:
     return (name, Path(path)) if colon and name in FORMATS and path else None
 
 
+def source(text: str) -> tuple[str, Path]:
+    """(format, path) of what a robot_import run takes over. Raises: ValueError for a text that names no format."""
+    found = place(text)
+    if found is None:
+        raise ValueError(f"source must be FORMAT:PATH with FORMAT one of {', '.join(FORMATS)}, got {text!r}")
+    return found
+
+
 def read(name: str, path: Path, denoising_steps: int | None = None) -> DiffusionPolicy:
     """The policy at a path. Raises: ValueError for one that cannot be read; ModuleNotFoundError without its extra."""
     policy: DiffusionPolicy = FORMATS[name].read(path, denoising_steps)

@@ -36,7 +36,7 @@ def write(name: str, policy: RobotPolicy, run: Path, to: Path) -> dict[str, Any]
     is left behind then.
     """
     imported = origin(run)
-    came = config_of(imported, "diffalign train CONFIG")["source"].partition(":")[0]
+    came, _ = formats.source(config_of(imported, "diffalign train CONFIG")["source"])
     if came != name:
         raise ValueError(f"{run} was imported from {came}, it can be written back as {came}:PATH only, got {name}")
     if not isinstance(policy, DiffusionPolicy) or not isinstance(policy.denoiser, ChunkDenoiser):
