@@ -37,7 +37,7 @@ from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser
 from diffalign.spec import spec
 from diffalign.train.state import Iteration, TrainState, frozen_copy
-from diffalign.train.supervised import Batch, Pretraining, regress
+from diffalign.train.supervised import Batch, Metrics, Pretraining, regress
 
 
 @spec
@@ -127,13 +127,13 @@ def distill(plan: Distillation, student: DiffusionPolicy, teacher: DiffusionPoli
     average = frozen_copy(state.modules["policy"])
     target = replace(student, denoiser=cast(Denoiser, average)) if plan.target == "average" else student
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> tuple[Tensor, Metrics]:
         if state.ema is not None:
             state.ema.copy_to(average)
         x0, cond = batch(generator)
         k = torch.randint(plan.grid, (x0.shape[0],), generator=generator, device=x0.device)
         eps = standard_normal(x0.shape[0], tuple(x0.shape[1:]), x0.device).sample(generator)
         return consistency_loss(student, target, teacher, x0, cond, times[k], times[k + 1], eps,
-                                huber=plan.huber).mean()
+                                huber=plan.huber).mean(), {}
 
     return regress(plan.fitting, loss, state)

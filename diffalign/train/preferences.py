@@ -22,7 +22,7 @@ from diffalign.policy.protocols import Denoiser
 from diffalign.rl.preferences import Anchor, preference_loss
 from diffalign.spec import spec
 from diffalign.train.state import Iteration, TrainState, frozen_copy
-from diffalign.train.supervised import Pretraining, denoising_loss, draw_times, regress
+from diffalign.train.supervised import Metrics, Pretraining, denoising_loss, draw_times, regress
 
 _PREFIX = "history/"
 
@@ -102,6 +102,9 @@ def prefer(pieces: Preference, policy: DiffusionPolicy, pairs: Callable[[torch.G
            ) -> Iterator[Iteration]:
     """Train state.modules["policy"] (the policy's denoiser) and yield after every step up to pieces.fitting.steps.
 
+    Metrics: `gain/winner` and `gain/other`, how much lower the policy's denoising loss is than the reference's, and
+    `behind`, the share of winners that the reference fits better: those whose opponents the anchor flips.
+
     Raises: ValueError if losers are missing; NonFinite.
     """
     history = History(state, pieces.history)
@@ -110,7 +113,7 @@ def prefer(pieces: Preference, policy: DiffusionPolicy, pairs: Callable[[torch.G
     frozen = frozen_copy(state.modules["policy"])
     reference = replace(policy, denoiser=cast(Denoiser, frozen))
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> tuple[Tensor, Metrics]:
         batch = pairs(generator)
         history.load(history.pick(pieces.reference, generator), frozen)
         other = batch.loser
@@ -128,7 +131,11 @@ def prefer(pieces: Preference, policy: DiffusionPolicy, pairs: Callable[[torch.G
                 held = denoising_loss(reference, x0, batch.cond, t, eps)
             return denoising_loss(policy, x0, batch.cond, t, eps), held
 
-        return preference_loss(errors(batch.winner), errors(other), beta=pieces.beta, anchor=pieces.anchor).mean()
+        won, lost = errors(batch.winner), errors(other)
+        gain, gain_other = (held - new.detach() for new, held in (won, lost))
+        metrics = {"gain/winner": float(gain.mean()), "gain/other": float(gain_other.mean()),
+                   "behind": float((gain < 0).float().mean())}
+        return preference_loss(won, lost, beta=pieces.beta, anchor=pieces.anchor).mean(), metrics
 
     for iteration in regress(pieces.fitting, loss, state):
         if state.step % pieces.snapshot_every == 0:

@@ -5,7 +5,7 @@ Legend: N rows, *E event axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from diffalign.train import update
 from diffalign.train.state import Iteration, TrainState, cosine, scale_learning_rates
 
 Batch = Callable[[torch.Generator], tuple[Tensor, Cond]]
+Metrics = Mapping[str, float]
 
 
 @spec
@@ -81,20 +82,24 @@ def denoising_loss(policy: DiffusionPolicy, x0: Float[Tensor, "N *E"], cond: Con
 def fit(spec: Pretraining, policy: DiffusionPolicy, batch: Batch, state: TrainState) -> Iterator[Iteration]:
     """Train state.modules["policy"] (the policy's denoiser) and yield after every step up to spec.steps."""
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> tuple[Tensor, Metrics]:
         x0, cond = batch(generator)
         t = draw_times(spec, policy, x0.shape[0], generator)
         eps = standard_normal(x0.shape[0], tuple(x0.shape[1:]), x0.device).sample(generator)
-        return denoising_loss(policy, x0, cond, t, eps).mean()
+        return denoising_loss(policy, x0, cond, t, eps).mean(), {}
 
     return regress(spec, loss, state)
 
 
-def regress(spec: Pretraining, loss: Callable[[torch.Generator], Tensor], state: TrainState) -> Iterator[Iteration]:
-    """Minimise a loss that draws its own batch from the state's generator; yield after every step up to spec.steps."""
+def regress(spec: Pretraining, loss: Callable[[torch.Generator], tuple[Tensor, Metrics]], state: TrainState
+            ) -> Iterator[Iteration]:
+    """Minimise a loss that draws its own batch from the state's generator; yield after every step up to spec.steps.
+
+    The loss comes with further metrics of its batch.
+    """
     while state.step < spec.steps:
         scale_learning_rates(state, learning_rate_factor(spec, state.step))
-        metrics = update.step(state, [(1.0, lambda: (loss(state.generator), {}))], max_grad_norm=spec.max_grad_norm)
+        metrics = update.step(state, [(1.0, lambda: loss(state.generator))], max_grad_norm=spec.max_grad_norm)
         state.step += 1
         yield Iteration(state.step, metrics)
 

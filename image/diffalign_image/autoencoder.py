@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffalign.spec import spec
 from diffalign.train.state import Iteration, TrainState
-from diffalign.train.supervised import Pretraining, regress
+from diffalign.train.supervised import Metrics, Pretraining, regress
 from diffalign_image.shapes import training_batch
 
 REDUCTION = 4  # pixels per latent position, along each side
@@ -69,14 +69,13 @@ def train_autoencoder(plan: AutoencoderTraining, state: TrainState) -> Iterator[
     autoencoder = state.modules["autoencoder"]
     assert isinstance(autoencoder, AutoencoderKL)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> tuple[Tensor, Metrics]:
         images, _ = training_batch(plan.batch_size, generator)
         posterior = autoencoder.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         error = (autoencoder.decode(latents).sample - images).square().mean()
-        total: Tensor = error + plan.kl_weight * kl
-        return total
+        return error + plan.kl_weight * kl, {}
 
     fitting = Pretraining(steps=plan.steps, batch_size=plan.batch_size, warmup_steps=50)
     yield from regress(fitting, loss, state)
