@@ -168,6 +168,23 @@ def test_normalizer():
     assert torch.equal(empty.normalize(data), limits.normalize(data))
 
 
+def test_a_normalizer_holds_what_lies_beyond_its_limit():
+    """A feature that hardly moved is held at the limit; without one, and for appended features, it is not."""
+    data = torch.tensor([[-1.0, -0.01], [1.0, 0.01]])
+    held, free = Normalizer.fit(data, limit=10.0), Normalizer.fit(data)
+    far = torch.tensor([[3.0, 5.0], [-3.0, -5.0]])
+    torch.testing.assert_close(free.normalize(far), torch.tensor([[3.0, 500.0], [-3.0, -500.0]]))
+    torch.testing.assert_close(held.normalize(far), torch.tensor([[3.0, 10.0], [-3.0, -10.0]]))
+    torch.testing.assert_close(held.normalize(data), free.normalize(data))
+    longer = torch.cat([far, torch.full((2, 1), 70.0)], 1)
+    torch.testing.assert_close(held.extended(1).normalize(longer), torch.cat([held.normalize(far), longer[:, 2:]], 1))
+    parts = torch.cat([held.normalize(far), free.normalize(far)], 1)
+    torch.testing.assert_close(held.followed_by(free).normalize(far.repeat(1, 2)), parts)
+    restored = Normalizer(2)
+    restored.load_state_dict(held.state_dict())
+    assert torch.equal(restored.normalize(far), held.normalize(far))
+
+
 @pytest.mark.parametrize(("data", "mode", "message"), [
     (torch.zeros(0, 2), "gaussian", "empty data set"),
     (torch.tensor([[0.0, 1.0], [0.0, float("inf")]]), "gaussian", "feature 1 of the data set holds non-finite"),

@@ -25,6 +25,7 @@ from diffalign_robot.demos import Demonstrations, collect, join
 from diffalign_robot.evaluation import Evaluation
 from diffalign_robot.jobs import JOBS, RobotAlign, RobotBC, RobotCollect
 from diffalign_robot.runs import load_policy
+from diffalign_robot.source import chunk_denoiser
 
 TOY = Gymnasium(id="toy_env:ToySlowPoint-v0")
 QUICK = Evaluation(episodes=32, every=100, videos=0)
@@ -77,6 +78,17 @@ def test_cloning_lowers_the_loss_and_is_evaluated(runs):
     assert 0.2 < result["success_rate"] < 0.9  # there is something to gain and something to lose
     assert result["interval"][0] < result["success_rate"] < result["interval"][1]
     assert lines(run, "eval")[-1]["success_rate"] == result["success_rate"]
+
+
+def test_a_cloned_policy_holds_observations_far_from_its_demonstrations(runs):
+    """Beyond 10 standard deviations nothing changes any more, so that one feature cannot blow up predictions."""
+    network = chunk_denoiser(load_policy(runs / "bc"))
+    scale, shift = network.observation_normalizer.scale, network.observation_normalizer.shift
+    near, edge, far = (shift + steps * scale for steps in (9.0, 10.0, 400.0))
+    x, t = torch.zeros(1, *load_policy(runs / "bc").event), torch.full((1,), 0.5)
+    one, two, three = (network(x, t, {"obs": obs[None]}) for obs in (near, edge, far))
+    torch.testing.assert_close(two, three)
+    assert not torch.allclose(one, two)
 
 
 def test_a_loaded_policy_is_the_evaluated_one(runs):

@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.mlp import zero_headed
-from diffalign.policy.normalize import Normalizer
-
-_FAR = 10.0  # standard deviations, as in Stable-Baselines3's VecNormalize
+from diffalign.policy.normalize import FAR, Normalizer
 
 
 class ValueNet(nn.Module):
-    """V(cond[key]) by a Mish MLP on normalized observations, held within +-10; the normalizer is saved with it.
+    """V(cond[key]) by a Mish MLP on normalized observations; the normalizer is saved with it.
 
-    A feature that hardly moves in the demonstrations is hundreds of its standard deviations away once a policy explores
-    (an object that tips over), and one such row would move the values of all the others.
+    They are held within +-10 whatever the normalizer's limit (that of another library's policy has none).
     """
 
     def __init__(self, obs_dim: int, hidden: Sequence[int] = (256, 256), *, key: str = "obs",
@@ -34,5 +31,5 @@ class ValueNet(nn.Module):
 
     def forward(self, cond: Cond) -> Float[Tensor, "N"]:
         """Value per row."""
-        value: Tensor = self.net(self.normalizer.normalize(cond[self.key].flatten(1)).clamp(-_FAR, _FAR))
+        value: Tensor = self.net(self.normalizer.normalize(cond[self.key].flatten(1)).clamp(-FAR, FAR))
         return value[:, 0]

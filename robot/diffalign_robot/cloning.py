@@ -10,7 +10,7 @@ import torch
 
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.normalize import Normalizer
+from diffalign.policy.normalize import FAR, Normalizer
 from diffalign.spec import spec
 from diffalign.train.run import Run
 from diffalign.train.supervised import Batch, Pretraining, fit, fresh_state
@@ -107,8 +107,8 @@ class RobotBC:
 
     def _normalizers(self, data: Demonstrations) -> tuple[Normalizer, Normalizer]:
         if self.normalizers_of is None:
-            seen = Normalizer.fit(data.obs)
-            every = Normalizer.of(seen.shift.repeat(self.history), seen.scale.repeat(self.history))  # the same for each
+            seen = Normalizer.fit(data.obs, limit=FAR)
+            every = seen.followed_by(*[seen] * (self.history - 1))  # the same for each observation of a history
             return every, Normalizer.fit(data.action, "limits")
         other = chunk_denoiser(load_policy(Path(self.normalizers_of)))
         if other.history != self.history:
