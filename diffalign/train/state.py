@@ -53,7 +53,7 @@ class TrainState:
         empty = [str(group["name"]) for group in groups if not group["params"]]
         if empty:
             raise ValueError(f"modules {empty} have no trainable parameters; unfreeze them or drop their learning rate")
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
         device = next(modules[next(iter(learning_rates))].parameters()).device
         ema = EMA(modules["policy"], ema_decay) if ema_decay is not None else None
         return cls(modules, optimizer, ema, torch.Generator(device).manual_seed(seed))
