@@ -84,9 +84,13 @@ def test_guard_starts_as_the_policy_gradient_equalized_per_step(kernel, predicti
     assert (gradient_of(result.loss.sum(), policy) - expected).norm() < 2e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("dual", [None, 1.01])
 @pytest.mark.parametrize("unit", ["nats", "per_dim"])
-def test_guard_centres_each_row_by_its_own_shift(unit):
-    """c = sum(noise * shift) / std per row; the public code averages the KL over the batch (image_peers 2.6)."""
+def test_guard_centres_each_row_by_its_own_shift(unit, dual):
+    """c = sum(noise * shift) / std per row; the public code averages the KL over the batch (image_peers 2.6).
+
+    dual caps the loss of negative advantages at that many times |A|.
+    """
     policy, rows, _ = rollout(FlowSDE())
     with torch.no_grad():
         for p in policy.denoiser.parameters():
@@ -98,7 +102,11 @@ def test_guard_centres_each_row_by_its_own_shift(unit):
     ratio = (power * centred).exp()
     low, high = (torch.tensor([-0.1, 0.1]).exp()) if unit == "nats" else torch.tensor([0.9, 1.1])
     plain = torch.maximum(-rows.advantage * ratio, -rows.advantage * ratio.clamp(low, high))
-    result = GuardClip(low=0.1, high=0.1, unit=unit)(new, rows)
+    if dual is not None:
+        capped = (rows.advantage < 0) & (plain > -dual * rows.advantage)
+        assert capped.any()
+        plain = torch.where(capped, -dual * rows.advantage, plain)
+    result = GuardClip(low=0.1, high=0.1, unit=unit, dual=dual)(new, rows)
     torch.testing.assert_close(result.loss, rows.old.std.flatten() / (power * new.leverage) * plain, rtol=1e-3,
                                atol=1e-4)
     if unit == "nats":

@@ -199,7 +199,7 @@ def test_gradcheck(surrogate):
     (lambda: PPOClip(dual=1.0), "dual must exceed 1"),
     (lambda: SimplePO(limit=0.0), "limit must be positive"),
     (lambda: DivergenceGate(limit=-1.0), "limit must be positive"),
-    (lambda: GuardClip(low=0.0), "low must be positive"),
+    (lambda: GuardClip(low=0.0), "low must be positive"), (lambda: GuardClip(dual=0.5), "dual must exceed 1, got 0.5"),
     (lambda: ContrastiveMatching(beta=0.0), "beta must be positive"),
     (lambda: evaluate(ContrastiveMatching(), [0.0], 1.0), "needs the old policy's error"),
     (lambda: evaluate(GuardClip(), [0.0], 1.0), "needs the stored Gaussian steps"),

@@ -44,10 +44,9 @@ class Surrogate(Protocol):
 
 
 def tempered(log_ratio: Float[Tensor, "M"], unit: Unit, dims: int) -> tuple[Float[Tensor, "M"], float]:
-    """(ratio, scale): exp(log_ratio) and 1 in nats; exp(log_ratio / D) and D per_dim.
+    """(ratio, scale): exp(log_ratio) and 1 in nats; exp(log_ratio / D), as published, and D per_dim.
 
-    per_dim is the published mean-over-dims ratio (DDPO, Flow-GRPO, DPPO); multiplying its loss by D keeps the gradient
-    at ratio 1 equal to that of the joint ratio.
+    A loss times the scale has at ratio 1 the gradient of the joint ratio.
     """
     if unit == "nats":
         return log_ratio.exp(), 1.0
@@ -74,8 +73,7 @@ def clipped(ratio: Float[Tensor, "M"], advantage: Float[Tensor, "M"], low: Float
 def step_factor(position: Float[Tensor, "M"], start: float, rate: float) -> Float[Tensor, "M"]:
     """DPPO's clip schedule over denoising steps: start + (1 - start) (e^(rate p) - 1) / (e^rate - 1).
 
-    position p = 0 is the noisiest trained step, 1 the last; a single trained step has p = 1 (the public code
-    divides 0 by 0 there).
+    p = 0 is the noisiest trained step, 1 the last; a single one has p = 1 (the public code divides 0 by 0 there).
     """
     return start + (1 - start) * torch.expm1(rate * position) / math.expm1(rate)
 
@@ -92,6 +90,12 @@ def leaves_lower_limit(name: str, value: float, unit: Unit) -> None:
     """Raises: ValueError naming a bound whose per_dim limits 1 +- value have a lower one that is not positive."""
     if unit == "per_dim" and value >= 1:
         raise ValueError(f"a per_dim {name} of {value} leaves no lower limit (1 - {name} must be positive)")
+
+
+def above_one(dual: float | None) -> None:
+    """Raises: ValueError for a cap that already holds at ratio 1."""
+    if dual is not None and dual <= 1:
+        raise ValueError(f"dual must exceed 1, got {dual}")
 
 
 @spec
@@ -115,8 +119,7 @@ class PPOClip:
     def __post_init__(self) -> None:
         positive(self, "low", "high", "step_rate", "step_start")
         leaves_lower_limit("low", self.low, self.unit)
-        if self.dual is not None and self.dual <= 1:
-            raise ValueError(f"dual must exceed 1, got {self.dual}")
+        above_one(self.dual)
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Clipped loss, scaled so that its gradient starts as -A grad log p."""
@@ -130,7 +133,7 @@ class PPOClip:
 class SimplePO:
     """-[r A - |A| (r - 1)^2 / (2 e)]: pulls to r = 1 +- e instead of switching the gradient off (Xie et al. 2024).
 
-    limit is e in joint nats (e = exp(limit) - 1) or, per_dim, on the mean-over-dims ratio.
+    e = exp(limit) - 1 in joint nats or, per_dim, the limit of the mean-over-dims ratio.
     """
 
     type: Literal["simple_po"] = "simple_po"
@@ -171,8 +174,7 @@ class DivergenceGate:
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Gated loss. Raises: ValueError on a likelihood without Gaussian steps."""
         if new.gaussian is None or rows.old is None:
-            raise ValueError("divergence_gate needs the exact KL of Gaussian steps; use the transition likelihood or "
-                             "another surrogate")
+            raise ValueError("divergence_gate needs the exact KL of Gaussian steps; use the transition likelihood")
         ratio, scale = tempered(new.log_prob - rows.old_log_prob, self.unit, new.dims)
         far = rows.old.kl(new.gaussian).detach() >= self.limit * scale
         low, high = far & (ratio < 1) & (rows.advantage < 0), far & (ratio > 1) & (rows.advantage > 0)
@@ -187,26 +189,28 @@ class GuardClip:
     c = log r + KL(old || new) = sum(noise * shift of the mean) / std has mean 0 under the old policy, while log r lies
     below 0 on average and rarely meets the upper clip. Unit per_dim clips the published exp(c std / D), nats exp(c).
     The gradient at the start is -A (std / leverage) grad log p: a step's gradient no longer grows with
-    leverage / std, so the last steps do not drown the others. Departures: c and std are per row (the authors' code
-    averages the KL over the batch), and the leverage |d mean / d velocity| replaces 1/|dt|, which it equals up to a
-    constant for Flow-SDE only.
+    leverage / std, so the last steps do not drown the others. dual, as PPOClip's, holds negative advantages of rows
+    whose mean moved far: their log r = c - KL is far below 0, c as often far above. Departures: c and std are per row
+    (the authors' code averages the KL over the batch), the leverage |d mean / d velocity| replaces 1/|dt| (equal up to
+    a constant for Flow-SDE), and their ratio has no dual.
     """
 
     type: Literal["guard_clip"] = "guard_clip"
     low: float = 0.2
     high: float = 0.2
     unit: Unit = "nats"
+    dual: float | None = None
     needs: ClassVar[Signal | None] = "gaussian step"
     selective = False
 
     def __post_init__(self) -> None:
         positive(self, "low", "high")
+        above_one(self.dual)
 
     def __call__(self, new: Scored, rows: Rows) -> SurrogateLoss:
         """Clipped loss. Raises: ValueError on a likelihood without Gaussian steps."""
         if new.gaussian is None or rows.old is None or new.leverage is None:
-            raise ValueError("guard_clip needs the stored Gaussian steps of the rollout; use the transition likelihood "
-                             "or another surrogate")
+            raise ValueError("guard_clip needs the stored Gaussian steps of the rollout; use the transition likelihood")
         std = rows.old.std.flatten()
         if len(std) != len(rows.advantage):
             raise ValueError("guard_clip scales a step by its one std, and learned noise has one per number, got "
@@ -215,7 +219,7 @@ class GuardClip:
         power = torch.ones_like(std) if self.unit == "nats" else std / new.dims
         ratio = (power * centred).exp()
         low, high = (torch.full_like(ratio, value) for value in (self.low, self.high))
-        result = clipped(ratio, rows.advantage, *bounds(low, high, self.unit), dual=None)
+        result = clipped(ratio, rows.advantage, *bounds(low, high, self.unit), self.dual)
         return SurrogateLoss(std / (power * new.leverage) * result.loss, result.held_low, result.held_high)
 
 
