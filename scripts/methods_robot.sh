@@ -14,7 +14,7 @@ configs=configs/robot
 source scripts/methods_run.bash
 
 case $task in  # where, for the recipes that are written for pick-place, and how long the flow is cloned
-  pick_place) there=() flow_steps=300 ;;
+  pick_place) there=() flow_steps=250 ;;
   push) there=(environment.task=push-v3) flow_steps=900 ;;
   fetch) there=('environment={type: gymnasium, id: "gymnasium_robotics:FetchPickAndPlace-v4", horizon: 50}') flow_steps=1000 ;;
   *) echo "TASK must be pick_place, push or fetch, got $task" >&2; exit 2 ;;
