@@ -7,6 +7,7 @@ import torch
 from toys import MLPDenoiser, toy_policy
 
 from diffalign.diffusion import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, TrainedSteps, VPPath
+from diffalign.diffusion.paths import convert
 from diffalign.policy.normalize import Normalizer
 from diffalign.rl.critics import ValueNet
 from diffalign.rl.likelihoods import Matching, Transition
@@ -65,16 +66,14 @@ GUARDED = [(FlowSDE(), "flow"), (CPS(), "flow"), (DanceSDE(eta=0.6), "flow"), (D
 @pytest.mark.parametrize(("kernel", "prediction"), GUARDED, ids=repr)
 @pytest.mark.parametrize("unit", ["nats", "per_dim"])
 def test_guard_starts_as_the_policy_gradient_equalized_per_step(kernel, prediction, unit):
-    """Gradient -A (std / leverage) grad log p, with the leverage measured by moving the velocity at fixed x."""
+    """Gradient -A (std / leverage) grad log p, with the leverage measured by moving the network's output at fixed x."""
     policy, rows, _ = rollout(kernel, prediction)
     new = Transition().score(policy, rows)
     t, t_next = rows.data["t"], rows.data["t_next"]
     now = policy.path.level(t, 1)
     x0, eps = policy.predict(rows.data["x"], t, rows.cond)
-    nudge = 0.01 / (now.alpha + now.sigma)
-    moved = policy.step(rows.data["x"], t, t_next, x0 - now.sigma * nudge, eps + now.alpha * nudge, rows.cond)
-    torch.testing.assert_close(now.alpha * (x0 - now.sigma * nudge) + now.sigma * (eps + now.alpha * nudge),
-                               rows.data["x"], atol=1e-5, rtol=0)
+    output = policy.denoiser(rows.data["x"], t, rows.cond)
+    moved = policy.step(rows.data["x"], t, t_next, *convert(prediction, output + 0.01, rows.data["x"], now), rows.cond)
     leverage = (moved.mean - policy.step(rows.data["x"], t, t_next, x0, eps, rows.cond).mean).abs().mean(1) / 0.01
     torch.testing.assert_close(new.leverage, leverage.detach(), rtol=1e-3, atol=1e-4)
     result = GuardClip(unit=unit)(new, rows)

@@ -79,15 +79,15 @@ class DiffusionPolicy:
         return step
 
     def leverage(self, t: Float[Tensor, "M"], t_next: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
-        """|d mean / d velocity| of a step: how far the mean of x_next moves when eps - x0 changes by one at fixed x.
+        """|d mean / d output| of a step: how far the mean of x_next moves when the network's output does by one.
 
-        Every kernel's mean is linear in (x, x0, eps), and x = alpha x0 + sigma eps is fixed, so x0 moves by
-        -sigma / (alpha + sigma) and eps by alpha / (alpha + sigma).
+        Every kernel's mean is linear in (x, x0, eps), and these are linear in (x, output); x stays. For a network that
+        predicts the velocity it is |d mean / d velocity|.
         """
         now, nxt = self.path.level(t, 1), self.path.level(t_next, 1)
-        total = now.alpha + now.sigma
-        moved = self.kernel.moments(torch.zeros_like(total), -now.sigma / total, now.alpha / total, now, nxt)
-        return moved.mean.abs().flatten()
+        nothing = torch.zeros_like(now.alpha)
+        x0, eps = convert(self.denoiser.prediction, nothing + 1, nothing, now)
+        return self.kernel.moments(nothing, x0, eps, now, nxt).mean.abs().flatten()
 
     def start(self, cond: Cond) -> Gaussian:
         """Where the chain starts: N(0, I), or what a steered denoiser learned."""

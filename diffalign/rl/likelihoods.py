@@ -47,7 +47,7 @@ class Rows:
 class Scored:
     """A policy's view of rows: log-likelihood [M] in nats, its Gaussian, its predicted (x0, eps), event size D.
 
-    predicted is None where the denoiser was not asked; leverage is |d mean / d velocity| of a denoising step. error is
+    predicted is None where the denoiser was not asked; leverage is |d mean / d output| of a denoising step. error is
     the network's output minus the pre-training target, and x0_scale |d x0 / d output| there.
     """
 

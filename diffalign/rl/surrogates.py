@@ -191,8 +191,8 @@ class GuardClip:
     The gradient at the start is -A (std / leverage) grad log p: a step's gradient no longer grows with
     leverage / std, so the last steps do not drown the others. dual, as PPOClip's, holds negative advantages of rows
     whose mean moved far: their log r = c - KL is far below 0, c as often far above. Departures: c and std are per row
-    (the authors' code averages the KL over the batch), the leverage |d mean / d velocity| replaces 1/|dt| (equal up to
-    a constant for Flow-SDE), and their ratio has no dual.
+    (their code averages the KL over the batch); the leverage |d mean / d output| of the network replaces 1/|dt| (equal
+    up to a constant for Flow-SDE; of the velocity, an eps network's noisiest step would have 1 / alpha of the gradient).
     """
 
     type: Literal["guard_clip"] = "guard_clip"
