@@ -21,7 +21,7 @@ from diffalign.train.supervised import fresh_state
 from diffalign_image.autoencoder import decode_latents, render_pool
 from diffalign_image.evaluate import Evaluation
 from diffalign_image.rewards import AnyReward
-from diffalign_image.runs import Models
+from diffalign_image.runs import Models, drive, require_positive
 from diffalign_image.shapes import scenes
 from diffalign_image.text import encode_captions
 
@@ -70,30 +70,16 @@ class ImagePreference:
         if self.algorithm.compose().opponent == "given" and isinstance(self.data, Renders):
             raise ValueError(f"algorithm {self.algorithm.type} needs losers, which data of type renders have not; "
                              "use data of type best_and_worst, or seppo")
-        for name in ("evaluate_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_positive(self, "evaluate_every", "checkpoint_every")
 
     def train(self, run: Run) -> None:
         """Learn or go on, with evaluations on held-out captions before, during and after."""
         models, pieces = self._models(), self.algorithm.compose()
-        plan = pieces.fitting
-        pairs = self._pairs(models)
-        state = fresh_state(plan, models.parts.denoiser, seed=self.seed)
-        if not run.restore(state):
-            models.report(run, "before", self.evaluation, state)
-        run.total = plan.steps
+        state = fresh_state(pieces.fitting, models.parts.denoiser, seed=self.seed)
         policy = replace(models.policy.with_sampler(ODE()), schedule=self.opponents or self.schedule)
-        for iteration in prefer(pieces, policy, pairs, state):
-            last = iteration.step == plan.steps
-            if iteration.step % 10 == 0 or last:
-                run.log(iteration.step, iteration.metrics)
-            if self.evaluate_every and iteration.step % self.evaluate_every == 0 and not last:
-                models.report(run, f"step_{iteration.step:06d}", self.evaluation, state)
-            if iteration.step % self.checkpoint_every == 0 or last:
-                run.save(state)
-        models.report(run, "after", self.evaluation, state)
+        drive(run, state, prefer(pieces, policy, self._pairs(models), state),
+              lambda name: models.report(run, name, self.evaluation, state), iterations=pieces.fitting.steps,
+              evaluate_every=self.evaluate_every, checkpoint_every=self.checkpoint_every)
         models.save(run, self.schedule, state)
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
