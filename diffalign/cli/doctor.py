@@ -13,24 +13,8 @@ from typing import Any
 
 import diffalign
 from diffalign.cli import rendering
-from diffalign.cli.errors import install_line
+from diffalign.cli.errors import EXTRAS, install_line
 
-# extra -> modules whose import proves it; tensorboard is imported through torch, its consumer
-EXTRAS = {
-    "image": ("diffusers", "transformers", "PIL", "peft", "accelerate", "imageio", "imageio_ffmpeg"),
-    "rewards": ("open_clip", "rapidocr"),
-    "robot": ("gymnasium", "mujoco", "metaworld", "imageio", "imageio_ffmpeg"),
-    "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
-    "wandb": ("wandb",),
-    "lerobot": ("lerobot",),
-    "export": ("onnx", "onnxscript", "onnxruntime"),
-    "dds": ("cyclonedds",),
-    "data": ("h5py", "zarr", "minari"),
-    "fetch": ("gymnasium_robotics",),
-    "pusht": ("gym_pusht",),
-    "robosuite": ("robosuite",),
-    "vision": ("torchvision",),
-}
 _PACKAGES = (
     "torch",
     "numpy",

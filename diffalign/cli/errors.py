@@ -5,34 +5,23 @@ from __future__ import annotations
 import traceback
 
 _OURS = ("diffalign", "diffalign_image", "diffalign_robot")
-_EXTRA_OF = {
-    "diffusers": "image",
-    "transformers": "image",
-    "PIL": "image",
-    "peft": "image",
-    "accelerate": "image",
-    "open_clip": "rewards",
-    "rapidocr": "rewards",
-    "gymnasium": "robot",
-    "mujoco": "robot",
-    "metaworld": "robot",
-    "imageio": "robot",
-    "imageio_ffmpeg": "robot",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "lerobot": "lerobot",
-    "cyclonedds": "dds",
-    "h5py": "data",
-    "zarr": "data",
-    "minari": "data",
-    "gymnasium_robotics": "fetch",
-    "gym_pusht": "pusht",
-    "robosuite": "robosuite",
-    "torchvision": "vision",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "export",
+# extra -> modules whose import proves it; tensorboard is imported through torch, its consumer
+EXTRAS = {
+    "image": ("diffusers", "transformers", "PIL", "peft", "accelerate", "imageio", "imageio_ffmpeg"),
+    "rewards": ("open_clip", "rapidocr"),
+    "robot": ("gymnasium", "mujoco", "metaworld", "imageio", "imageio_ffmpeg"),
+    "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
+    "wandb": ("wandb",),
+    "lerobot": ("lerobot",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "dds": ("cyclonedds",),
+    "data": ("h5py", "zarr", "minari"),
+    "fetch": ("gymnasium_robotics",),
+    "pusht": ("gym_pusht",),
+    "robosuite": ("robosuite",),
+    "vision": ("torchvision",),
 }
+_EXTRA_OF = {name: extra for extra, names in EXTRAS.items() for name in names if "." not in name}
 USER_ERRORS = (ValueError, FloatingPointError, OSError, ImportError)
 
 

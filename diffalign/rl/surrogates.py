@@ -192,7 +192,7 @@ class GuardClip:
     leverage / std, so the last steps do not drown the others. dual, as PPOClip's, holds negative advantages of rows
     whose mean moved far: their log r = c - KL is far below 0, c as often far above. Departures: c and std are per row
     (their code averages the KL over the batch); the leverage |d mean / d output| of the network replaces 1/|dt| (equal
-    up to a constant for Flow-SDE; of the velocity, an eps network's noisiest step would have 1 / alpha of the gradient).
+    up to a constant for Flow-SDE; of the velocity, an eps network's noisiest step would have 1 / alpha the gradient).
     """
 
     type: Literal["guard_clip"] = "guard_clip"
