@@ -25,8 +25,8 @@ import yaml
 
 from diffalign.train.statistics import mean_interval, wilson
 
-BASES = ("bc", "bc_flow", "pretrain", "distill")
-DATA = ("collect", "rollouts", "random", "start", "ppo")
+BASES = ("bc", "bc_flow", "bc_other", "bc_plus", "bc_minus", "pretrain", "distill")
+DATA = ("collect", "collect_other", "collect_plus", "collect_minus", "rollouts", "random", "start", "ppo")
 
 
 @dataclass(frozen=True)
