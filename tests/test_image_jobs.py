@@ -27,7 +27,15 @@ from diffalign_image.autoencoder import (
     freeze,
 )
 from diffalign_image.evaluate import Evaluation, draw, evaluate, path_kl, pick_captions
-from diffalign_image.jobs import ImageAlign, ImageBestOf, ImageCompose, ImageDistill, ImagePreference, ImagePretrain
+from diffalign_image.jobs import (
+    ImageAlign,
+    ImageBestOf,
+    ImageCompose,
+    ImageDistill,
+    ImagePreference,
+    ImagePretrain,
+    ImageSuperpose,
+)
 from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
@@ -37,7 +45,7 @@ from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
 from diffalign_image.text import encode_captions
 
-Job = ImagePretrain | ImageDistill | ImageAlign | ImagePreference | ImageCompose | ImageBestOf
+Job = ImagePretrain | ImageDistill | ImageAlign | ImagePreference | ImageCompose | ImageSuperpose | ImageBestOf
 TINY = ShapesModel(width=32, layers=2, patch=4, text_channels=32, text_layers=1)
 SMALL = AutoencoderTraining(latent_channels=2, channels=(8, 8, 8), steps=3, batch_size=4)
 EVENT = (2, 8, 8)
@@ -87,6 +95,62 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lines(path: Path, phase: str) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["phase"] == phase]
+
+
+ABOVE, LEFT = "a red circle above a blue square", "a red circle left of a blue square"
+
+
+def superposition_job(base: Path, **changes: object) -> ImageSuperpose:
+    job = ImageSuperpose(parents=(str(base),), operator="and", captions=((ABOVE, LEFT), (LEFT, ABOVE)), images=2,
+                         reward=Jpeg(), schedule=Schedule(steps=3))
+    return replace(job, **changes)
+
+
+def test_a_superposition_draws_every_way_of_sampling(base: Path, tmp_path: Path) -> None:
+    """Of one caption twice, AND, OR and the average are that caption alone; of two captions they differ from it."""
+    for operator in ("and", "or"):
+        once = superposition_job(base, operator=operator, captions=((ABOVE, ABOVE), (LEFT, LEFT)))
+        run = start(tmp_path / operator, once)
+        rewards = {file.stem: json.loads(file.read_text())["rewards"] for file in (run.path / "evaluations").iterdir()}
+        assert rewards.keys() == {"alone_0", "alone_1", "average", "after"}
+        for other in ("alone_1", "average", "after"):
+            for name, value in rewards["alone_0"].items():
+                assert rewards[other][name]["mean"] == pytest.approx(value["mean"], abs=1e-4)
+    job = superposition_job(base)
+    run = start(tmp_path / "two", job)
+    results = {file.stem: json.loads(file.read_text()) for file in (run.path / "evaluations").iterdir()}
+    assert len({results[name]["rewards"]["together"]["mean"] for name in results}) == 4
+    lone = superposition_job(base, captions=((ABOVE, ABOVE), (LEFT, LEFT)))  # alone_0 knows nothing of the others
+    same = start(tmp_path / "lone", lone)
+    first = json.loads((same.path / "evaluations" / "alone_0.json").read_text())["rewards"]["caption_0"]["mean"]
+    assert results["alone_0"]["rewards"]["caption_0"]["mean"] == pytest.approx(first, abs=1e-6)
+    assert {**job.evaluate(run, seed=0, episodes=None, sampler=None), "step": 3} == results["after"]
+    assert len(job.sample(run, tmp_path, seed=0, count=2)) == 4
+
+
+def test_together_is_the_worst_caption_for_and_the_best_for_or(base: Path, tmp_path: Path) -> None:
+    """Of the same images both count differently; two models are asked one caption of an entry each."""
+    moved = start(tmp_path / "moved", alignment_job(base, 2)).path
+    scores = {}
+    for operator in ("and", "or"):
+        job = superposition_job(base, operator=operator, parents=(str(base), str(moved)), reward=Verifiable(), images=6)
+        result = start(tmp_path / operator, job).path / "evaluations" / "alone_1.json"
+        scores[operator] = {name: r["mean"] for name, r in json.loads(result.read_text())["rewards"].items()}
+    each = [scores["and"][name] for name in ("caption_0", "caption_1")]
+    assert each == [scores["or"][name] for name in ("caption_0", "caption_1")]  # the same images
+    assert scores["and"]["together"] <= min(each) + 1e-9
+    assert scores["or"]["together"] >= max(each) - 1e-9
+    assert sum(each) == pytest.approx(scores["and"]["together"] + scores["or"]["together"])  # min + max of two
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"captions": ((ABOVE, LEFT),)}, "at least two entries"),
+    ({"captions": ((ABOVE, LEFT), (ABOVE,))}, r"got 2 entries with \[1, 2\] captions"),
+    ({"parents": ("a", "b", "c")}, "one model or one for each of the 2 captions of an entry, got 3"),
+    ({"kernel": ODE()}, "is deterministic and states no density"), ({"images": 0}, "images must be at least 1, got 0")])
+def test_superpositions_that_cannot_be_drawn_are_refused(base: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        superposition_job(base, **changes)
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.5])

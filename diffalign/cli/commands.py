@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from diffalign_robot.export import ExportableJob
 
 
+_JOBS_OF = {"collect": ("robot_collect",), "compose": ("robot_compose", "image_compose", "image_superpose")}
+
+
 def train(args: argparse.Namespace) -> int:
     """`diffalign train CONFIG a.b=c ... --run DIR --resume`."""
     prepare(args.threads)
     file = Path(args.config)
     job_type, job = jobs.load_job(file, args.overrides)
-    only = {"collect": ("robot_collect",), "compose": ("robot_compose", "image_compose")}.get(args.name, (job_type,))
+    only = _JOBS_OF.get(args.name, (job_type,))
     if job_type not in only:
         raise ValueError(f"{file} is a {job_type} job; `{args.name}` runs {' and '.join(only)} jobs. "
                          f"Use `diffalign train {file}`")

@@ -16,8 +16,8 @@ Sampler = Literal["stochastic", "zero_noise", "ode"]
 JOB_TYPES = {
     "robot": ("robot_collect", "robot_bc", "robot_import", "robot_align", "robot_off_policy",
               "robot_preference", "robot_compose", "robot_recordings"),
-    "image": ("image_pretrain", "image_distill", "image_align", "image_preference", "image_compose", "image_best_of",
-              "image_finetune"),
+    "image": ("image_pretrain", "image_distill", "image_align", "image_preference", "image_compose", "image_superpose",
+              "image_best_of", "image_finetune"),
 }
 
 

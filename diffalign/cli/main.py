@@ -155,7 +155,8 @@ COMMANDS = {
         "diffalign collect configs/robot/pick_place_collect.yaml seed=1 --run runs/pick-place-collect-1",
         _train_arguments, threads=True),
     "compose": Command(
-        "commands", "train", "search the weights of a composition of models (a robot_compose or image_compose recipe)",
+        "commands", "train",
+        "compose models: convex weights by search, or AND / OR (robot_compose, image_compose, image_superpose)",
         "diffalign compose configs/robot/pick_place_compose.yaml --run runs/pick-place-compose",
         _train_arguments, threads=True),
     "evaluate": Command(

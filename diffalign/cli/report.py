@@ -32,6 +32,7 @@ _JOBS = {
     "image_distill": ("Consistency distillation of an image model", "steps", "Measured on training batches."),
     "image_align": ("Image model alignment", "iterations", "Measured on the exploring policy's own images."),
     "image_compose": ("Composition of image models", "weights tried", "Reward of each candidate in the search."),
+    "image_superpose": ("AND or OR of several captions or models", "ways of sampling", ""),
     "image_best_of": ("Best of several images", "images drawn for one that is kept", ""),
     "image_finetune": ("Fine-tuning of a pretrained image pipeline", "iterations",
                        "Measured on the exploring policy's own images."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from diffalign.train.search import found_weights, search_weights
 from diffalign_image import pipeline
 from diffalign_image.autoencoder import render_pool
 from diffalign_image.evaluate import Evaluation, draw, evaluate
+from diffalign_image.model import TextTransformer
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import AnyReward
 from diffalign_image.runs import build_policy, chosen_sampler, grid, report, sized
@@ -73,14 +75,8 @@ class ImageCompose:
                 for name, policy in [*named, ("after", self._composed(run, policies))]]
 
     def _parents(self) -> tuple[Parts, list[DiffusionPolicy]]:
-        loaded = [pipeline.load(folder) for folder in self.parents]
-        for folder, other in zip(self.parents[1:], loaded[1:], strict=True):
-            for name in ("autoencoder", "text_encoder"):
-                mine, theirs = (getattr(parts, name).state_dict() for parts in (loaded[0], other))
-                if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
-                    raise ValueError(f"{folder} has another {name} than {self.parents[0]}: their latents or texts are "
-                                     "not in the same space; compose models aligned from one pre-trained model")
-        return loaded[0], [build_policy(parts.denoiser, self.schedule, ODE()) for parts in loaded]
+        parts, denoisers = load_parents(self.parents)
+        return parts, [build_policy(denoiser, self.schedule, ODE()) for denoiser in denoisers]
 
     def _search(self, run: Run, parts: Parts, policies: list[DiffusionPolicy]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -105,3 +101,18 @@ class ImageCompose:
 
     def _composed(self, run: Run, policies: list[DiffusionPolicy]) -> DiffusionPolicy:
         return compose(policies, found_weights(run.path))
+
+
+def load_parents(folders: Sequence[str]) -> tuple[Parts, list[TextTransformer]]:
+    """The first model with its text side, and the denoisers of all.
+
+    Raises: ValueError for models whose latents or texts are not in the same space.
+    """
+    loaded = [pipeline.load(folder) for folder in folders]
+    for folder, other in zip(folders[1:], loaded[1:], strict=True):
+        for name in ("autoencoder", "text_encoder"):
+            mine, theirs = (getattr(parts, name).state_dict() for parts in (loaded[0], other))
+            if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
+                raise ValueError(f"{folder} has another {name} than {folders[0]}: their latents or texts are not in "
+                                 "the same space; compose models aligned from one pre-trained model")
+    return loaded[0], [parts.denoiser for parts in loaded]

@@ -7,5 +7,7 @@ from diffalign_image.distillation import ImageDistill
 from diffalign_image.finetuning import ImageFinetune
 from diffalign_image.preference import ImagePreference
 from diffalign_image.pretraining import ImagePretrain
+from diffalign_image.superposition import ImageSuperpose
 
-JOBS = (ImagePretrain, ImageDistill, ImageAlign, ImagePreference, ImageCompose, ImageBestOf, ImageFinetune)
+JOBS = (ImagePretrain, ImageDistill, ImageAlign, ImagePreference, ImageCompose, ImageSuperpose, ImageBestOf,
+        ImageFinetune)
