@@ -39,7 +39,7 @@ from diffalign_image.jobs import (
 from diffalign_image.model import ShapesModel, build
 from diffalign_image.pipeline import Parts, ShapesPipeline
 from diffalign_image.preference import BestAndWorst, Renders, best_and_worst
-from diffalign_image.rewards import Jpeg, Verifiable
+from diffalign_image.rewards import Jpeg, PythonFunction, Verifiable
 from diffalign_image.runs import Models, newest_checkpoint
 from diffalign_image.shapes import parse, training_batch
 from diffalign_image.source import training_prompts
@@ -100,6 +100,13 @@ def lines(path: Path, phase: str) -> list[dict[str, float]]:
 ABOVE, LEFT = "a red circle above a blue square", "a red circle left of a blue square"
 
 
+BRIGHT = """\
+def of(images, captions, metadata):  # brighter is better for "left of", darker for "above"
+    bright = images.float().flatten(1).mean(1) - 100
+    return [float(b if "left" in caption else -b) for b, caption in zip(bright, captions)]
+"""
+
+
 def superposition_job(base: Path, **changes: object) -> ImageSuperpose:
     job = ImageSuperpose(parents=(str(base),), operator="and", captions=((ABOVE, LEFT), (LEFT, ABOVE)), images=2,
                          reward=Jpeg(), schedule=Schedule(steps=3))
@@ -131,15 +138,15 @@ def test_a_superposition_draws_every_way_of_sampling(base: Path, tmp_path: Path)
 def test_together_is_the_worst_caption_for_and_the_best_for_or(base: Path, tmp_path: Path) -> None:
     """Of the same images both count differently; two models are asked one caption of an entry each."""
     moved = start(tmp_path / "moved", alignment_job(base, 2)).path
-    scores = {}
+    (tmp_path / "bright.py").write_text(BRIGHT)
+    reward, scores = PythonFunction(function=f"{tmp_path / 'bright.py'}:of"), {}
     for operator in ("and", "or"):
-        job = superposition_job(base, operator=operator, parents=(str(base), str(moved)), reward=Verifiable(), images=6)
+        job = superposition_job(base, operator=operator, parents=(str(base), str(moved)), reward=reward, images=6)
         result = start(tmp_path / operator, job).path / "evaluations" / "alone_1.json"
         scores[operator] = {name: r["mean"] for name, r in json.loads(result.read_text())["rewards"].items()}
     each = [scores["and"][name] for name in ("caption_0", "caption_1")]
     assert each == [scores["or"][name] for name in ("caption_0", "caption_1")]  # the same images
-    assert scores["and"]["together"] <= min(each) + 1e-9
-    assert scores["or"]["together"] >= max(each) - 1e-9
+    assert scores["and"]["together"] < min(each) < max(each) < scores["or"]["together"]
     assert sum(each) == pytest.approx(scores["and"]["together"] + scores["or"]["together"])  # min + max of two
 
 
