@@ -4,7 +4,8 @@
 
 Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), or with `--value
 return` the mean return of each seed with its own interval, and the curve of the run's own evaluations. Image: the last
-evaluation on held-out captions, mean over the seeds with a t interval.
+evaluation on held-out captions, mean over the seeds with a t interval, or with `--at held_out/jpeg_kb=0.8` where the
+curves first pass that value, between two evaluations on a straight line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of run folders METHOD-SEED")
     parser.add_argument("--png", type=Path, required=True)
     parser.add_argument("--value", choices=["success_rate", "return"], default="success_rate", help="of robots")
+    parser.add_argument("--at", metavar="NAME=VALUE", help="of images: compare where the curves pass this value")
     args = parser.parse_args()
     found: dict[str, list[Curve]] = defaultdict(list)
     for run in sorted(args.folder.glob("*-*")):
@@ -53,6 +56,10 @@ def main() -> None:
             found[method].append(read(run))
     if not found:
         raise SystemExit(f"{args.folder} has no finished runs named METHOD-SEED; scripts/methods_robot.sh makes them")
+    if args.at:
+        name, value = args.at.split("=")
+        found = {method: [passing(curve, name, float(value)) for curve in curves] for method, curves in found.items()
+                 if method not in BASES}
     robot = "bc" in found
     table = image_table if not robot else return_table if args.value == "return" else robot_table
     print("\n".join(table(found)))
@@ -75,6 +82,21 @@ def read(run: Path) -> Curve:
     return Curve({name: [r.get(name, float("nan")) for r in evaluations] for name in names}, drawn,
                  [costs.get(r["step"], float("nan")) for r in evaluations],
                  json.loads(fresh.read_text()) if fresh.is_file() else None)
+
+
+def passing(curve: Curve, name: str, value: float) -> Curve:
+    """The curve up to where the named evaluation first passes the value, which is its last point."""
+    along = curve.values[name]
+    for k, (before, after) in enumerate(pairwise(along)):
+        if (before - value) * (after - value) <= 0:
+            share = (before - value) / (before - after) if before != after else 0.0
+
+            def cut(series: list[float], k: int = k, share: float = share) -> list[float]:
+                return [*series[: k + 1], series[k] + share * (series[k + 1] - series[k])]
+
+            return Curve({key: cut(series) for key, series in curve.values.items()}, cut(curve.samples),
+                         cut(curve.cpu_s), None)
+    raise SystemExit(f"{name} goes from {along[0]:g} to {along[-1]:g} in a run and never passes {value:g}")
 
 
 def robot_table(found: dict[str, list[Curve]]) -> list[str]:

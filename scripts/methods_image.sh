@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Every method on the captioned shapes from one pre-trained model a seed, then the table and the figure of docs/methods.md.
 #   bash scripts/methods_image.sh 0 1 2          (about 110 CPU minutes a seed; OUT=folder, METHODS="awm nft" to choose)
+#   OUT=runs/methods-jpeg PNG=docs/methods_jpeg.png METHODS="jpeg_alone jpeg_alone_guard" bash scripts/methods_image.sh 0 1 2
+#   python scripts/methods_figure.py runs/methods-jpeg --at held_out/jpeg_kb=0.8 --png docs/methods_jpeg.png
 # What was interrupted goes on, what is finished is kept. One seed in each of several shells uses as many cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,4 +23,4 @@ for seed in "$@"; do
     esac
   done
 done
-python scripts/methods_figure.py "$out" --png docs/methods_image.png
+python scripts/methods_figure.py "$out" --png "${PNG:-docs/methods_image.png}"
