@@ -54,8 +54,8 @@ class Native:
         try:
             config: Any = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
         except draccus.utils.DecodingError as error:
-            raise ValueError(f"{folder}/config.json is not one of LeRobot {lerobot.__version__} ({error}); read it with "
-                             "the version that wrote it, 0.6 needs Python 3.12") from None
+            raise ValueError(f"{folder}/config.json is not one of LeRobot {lerobot.__version__} ({error}); read it "
+                             "with the version that wrote it, 0.6 needs Python 3.12") from None
         config.device = "cpu"
         with redirect_stdout(sys.stderr):  # it prints where it loads from; our stdout is for results
             policy = LeRobotDiffusion.from_pretrained(folder, config=config, local_files_only=True, strict=True)
