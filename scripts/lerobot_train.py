@@ -7,14 +7,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import dataset_to_policy_features
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
-SEEN = ("observation.state", "observation.environment_state")
+SEEN = {"observation.state": FeatureType.STATE, "observation.environment_state": FeatureType.ENV}
+DONE = {"action": FeatureType.ACTION}
 
 
 def loaded(data: Path, config: DiffusionConfig, fps: float) -> dict[str, torch.Tensor]:
@@ -36,11 +36,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     meta = LeRobotDataset(f"local/{args.data.name}", root=args.data).meta
-    features = dataset_to_policy_features(meta.features)
+
+    def features(kinds: dict[str, FeatureType]) -> dict[str, PolicyFeature]:
+        return {key: PolicyFeature(kind, tuple(meta.features[key]["shape"])) for key, kind in kinds.items()}
+
     config = DiffusionConfig(
         n_obs_steps=2, horizon=8, n_action_steps=6, down_dims=(32, 64), diffusion_step_embed_dim=32, device="cpu",
-        num_inference_steps=10, optimizer_lr=1e-3, input_features={key: features[key] for key in SEEN},
-        output_features={key: one for key, one in features.items() if one.type is FeatureType.ACTION},
+        num_inference_steps=10, optimizer_lr=1e-3, input_features=features(SEEN), output_features=features(DONE),
         # by default the environment's state is not normalized, and a policy hardly sees centimetres
         normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX))
     policy = DiffusionPolicy(config)

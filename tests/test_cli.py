@@ -203,6 +203,10 @@ def test_only_errors_of_our_own_code_are_the_users() -> None:
     assert paragraph(RuntimeError("a bug")) is None
     assert "[robot]" in (paragraph(ModuleNotFoundError("No module named 'mujoco'", name="mujoco.viewer")) or "")
     assert paragraph(ModuleNotFoundError("No module named 'x'", name="x")) is None
+    for module, extra in {"lerobot.utils.import_utils": "[lerobot]", "torch.nn": None}.items():
+        theirs = caught(lambda module=module: exec("raise ImportError('no av')", {"__name__": module}))
+        said = paragraph(theirs)
+        assert said is None if extra is None else said and "no av" in said and extra in said
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

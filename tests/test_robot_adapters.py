@@ -202,6 +202,17 @@ def test_lerobot_types_and_fields_that_do_not_exist_are_refused(tmp_path, capsys
         assert said in capsys.readouterr().err
 
 
+@lerobot
+@pytest.mark.skipif(importlib.util.find_spec("dynamixel_sdk") is not None, reason="the driver is installed")
+def test_a_lerobot_driver_that_is_not_installed_is_refused(tmp_path, capsys) -> None:
+    package = write_package(tmp_path / "package", (0.0, 0.0, 0.0))
+    words = ["--robot", "lerobot:koch_follower", "port=x", "id=one", "--log", str(tmp_path / "log")]
+    assert main([str(package), *words]) == 2
+    said = capsys.readouterr().err
+    assert "dynamixel" in said
+    assert "install LeRobot's extra of that robot" in said
+
+
 # --- DDS ------------------------------------------------------------------------------------------------------------
 
 ARM = """

@@ -224,6 +224,13 @@ def test_other_policies_of_lerobot_are_refused(lerobot, tmp_path, changed, said)
         lerobot.read(folder)
 
 
+def test_a_policy_of_a_newer_lerobot_is_refused(lerobot, tmp_path):
+    file = saved(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": True}))
+    with pytest.raises(ValueError, match=r"is not one of LeRobot \d.*of_tomorrow.*the version that wrote it"):
+        lerobot.read(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "policy_preprocessor.json"])
 def test_a_folder_without_a_part_of_the_policy_is_refused(lerobot, tmp_path, name):
     folder = saved(tmp_path)

@@ -38,12 +38,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2TokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -71,11 +70,11 @@ def words_tokenizer() -> Tokenizer:
     return core
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> PreTrainedTokenizerFast:
     core = words_tokenizer()
     core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-                           extra_ids=0, model_max_length=TOKENS)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+                                   model_max_length=TOKENS)
 
 
 def clip_config(width: int, projection: int) -> CLIPTextConfig:
@@ -176,8 +175,8 @@ def _qwen_image(**scheduler: object) -> QwenImagePipeline:
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**settings), vae=vae, transformer=transformer,
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-        tokenizer=Qwen2TokenizerFast(tokenizer_object=words_tokenizer(), unk_token="<unk>", eos_token="</s>",
-                                     pad_token="<pad>"))
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words_tokenizer(), unk_token="<unk>", eos_token="</s>",
+                                          pad_token="<pad>"))
 
 
 def _wan(**scheduler: object) -> WanPipeline:

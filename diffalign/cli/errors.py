@@ -12,7 +12,7 @@ EXTRAS = {
     "robot": ("gymnasium", "mujoco", "metaworld", "imageio", "imageio_ffmpeg"),
     "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
     "wandb": ("wandb",),
-    "lerobot": ("lerobot",),
+    "lerobot": ("lerobot", "datasets", "diffusers.schedulers"),  # since 0.6 the last two are lerobot's own extras
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "dds": ("cyclonedds",),
     "data": ("h5py", "zarr", "minari"),
@@ -48,12 +48,15 @@ def paragraph(error: BaseException) -> str | None:
         return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     if isinstance(error, FloatingPointError):
         return str(error)
-    if isinstance(error, ValueError | ImportError) and _raised_by_us(error):
+    package = _raised_in(error)
+    if isinstance(error, ImportError) and package == "lerobot":  # an extra of its own is missing, and it says which
+        return f"{error}. With diffalign's versions: {install_line('lerobot')}"
+    if isinstance(error, ValueError | ImportError) and package in _OURS:
         return str(error)
     return None
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _raised_in(error: BaseException) -> str:
     frames = list(traceback.walk_tb(error.__traceback__))
     module = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-    return module.partition(".")[0] in _OURS
+    return module.partition(".")[0]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -23,6 +24,7 @@ from diffalign_image.families.sd3 import JOINT_LORA_TARGETS
 from diffalign_image.families.sd15 import refuse_distilled
 
 _TOKENS = 512  # prompts are cut here, as by the pipeline
+_TAKES_LENGTHS = "txt_seq_lens" in signature(QwenImageTransformer2DModel.forward).parameters  # newer: from the mask
 _NO_PROMPT = " "  # the authors' negative prompt; the pipeline has no default
 
 
@@ -100,11 +102,11 @@ class QwenTransformer(nn.Module):
 
     def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         dtype, (rows, _, height, width) = next(self.transformer.parameters()).dtype, x.shape
+        lengths = {"txt_seq_lens": [text.shape[1]] * rows} if _TAKES_LENGTHS else {}
         out: Tensor = self.transformer(
             hidden_states=pack(x).to(dtype), timestep=t, guidance=None, encoder_hidden_states=text.to(dtype),
             encoder_hidden_states_mask=torch.ones(text.shape[:2], dtype=torch.long, device=x.device),
-            img_shapes=[[(1, height // 2, width // 2)]] * rows, txt_seq_lens=[text.shape[1]] * rows,
-            return_dict=False)[0]
+            img_shapes=[[(1, height // 2, width // 2)]] * rows, return_dict=False, **lengths)[0]
         return unpack(out, height, width).float()
 
     def guided(self, without: Float[Tensor, "N Z h w"], given: Float[Tensor, "N Z h w"], scale: float

@@ -98,7 +98,8 @@ class Clip:
         found = []
         for block in images.split(_BLOCK):
             pixels = self._pictures(images=to_pictures(block), return_tensors="pt")["pixel_values"]
-            found.append(self._model.get_image_features(pixel_values=pixels.to(self._model.device)))
+            seen = self._model.vision_model(pixel_values=pixels.to(self._model.device))
+            found.append(self._model.visual_projection(seen.pooler_output))
         return _unit(torch.cat(found))
 
     @torch.no_grad()
@@ -106,7 +107,8 @@ class Clip:
         """Unit vectors of texts."""
         most = self._model.config.text_config.max_position_embeddings
         batch = self._tokenizer(list(captions), padding=True, truncation=True, max_length=most, return_tensors="pt")
-        return _unit(self._model.get_text_features(**batch.to(self._model.device)))
+        read = self._model.text_model(**batch.to(self._model.device))
+        return _unit(self._model.text_projection(read.pooler_output))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ def connected(kind: str, pairs: Mapping[str, str], clock: Clock) -> LeRobotRobot
         raise ValueError(f"lerobot:{kind}: {error}") from None
     try:
         robot = make_robot_from_config(config)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the driver of lerobot:{kind} needs {error.name}; install LeRobot's extra of that robot"
-                         ) from None
+    except ImportError as error:  # of the module, or since LeRobot 0.6 its own, which names the extra
+        raise ValueError(f"the driver of lerobot:{kind} cannot be imported ({error}); install LeRobot's extra of that "
+                         "robot") from None
     return LeRobotRobot(robot, clock)
 
 

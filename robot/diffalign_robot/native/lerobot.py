@@ -43,14 +43,19 @@ class Native:
     @classmethod
     def open(cls, folder: Path) -> Native:
         """Raises: ValueError naming what is missing, or of what kind the policy is; ModuleNotFoundError for lerobot."""
-        import lerobot  # noqa: F401 - says which extra is missing before anything else is looked at
+        import lerobot  # says which extra is missing before anything else is looked at
 
         said = _config(folder)
+        import draccus
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeRobotDiffusion
         from lerobot.policies.factory import make_pre_post_processors
 
-        config: Any = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config: Any = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+        except draccus.utils.DecodingError as error:
+            raise ValueError(f"{folder}/config.json is not one of LeRobot {lerobot.__version__} ({error}); read it "
+                             "with the version that wrote it, 0.6 needs Python 3.12") from None
         config.device = "cpu"
         with redirect_stdout(sys.stderr):  # it prints where it loads from; our stdout is for results
             policy = LeRobotDiffusion.from_pretrained(folder, config=config, local_files_only=True, strict=True)
