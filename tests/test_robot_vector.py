@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_env import POINT, PointRobot
 
-from diffalign_robot.choices import Gymnasium, MetaWorld
+from diffalign_robot.choices import Custom, Gymnasium, MetaWorld
 from diffalign_robot.envs import make
 from diffalign_robot.vector import ChunkVectorEnv
 
@@ -157,6 +157,19 @@ def test_refusals(vector):
     with pytest.raises(FloatingPointError, match="environment 1 is not finite; nothing was executed"):
         vector.step(bad)
     assert vector.step(np.zeros((3, 1, 2), np.float32)).executed.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_simulation_that_diverges_is_named(workers):
+    """Held within a limit an infinite observation would look like any far one to a policy."""
+    env = ChunkVectorEnv(Custom(factory="toy_env:make_diverging_point", horizon=9), 2, workers=workers)
+    env.reset([1, 2])
+    still, right = np.zeros((2, 1, 2), np.float32), np.zeros((2, 3, 2), np.float32)
+    right[1, :, 0] = 1
+    env.step(still)
+    with pytest.raises(FloatingPointError, match="observation of environment 1 is not finite after a chunk"):
+        env.step(right)
+    env.close()
 
 
 def test_gymnasium_refusals():

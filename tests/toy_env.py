@@ -84,3 +84,15 @@ gymnasium.register("ToyPoint-v0", entry_point=PointRobot, max_episode_steps=50, 
 gymnasium.register("ToySlowPoint-v0", entry_point=PointRobot, max_episode_steps=16, kwargs={"gain": 0.25})
 gymnasium.register("ToyGoalPoint-v0", entry_point=make_goal_point, max_episode_steps=50)
 gymnasium.register("ToyShownPoint-v0", entry_point=ShownPoint, max_episode_steps=16, kwargs={"gain": 0.25})
+
+
+class Diverging(gymnasium.ObservationWrapper):
+    """The point, whose position is infinite where it has moved to more than 2 on the first axis."""
+
+    def observation(self, obs):
+        return np.where(obs > 2, np.inf, obs).astype(np.float32)
+
+
+def make_diverging_point():
+    """A factory, as `toy_env:make_diverging_point`."""
+    return Diverging(PointRobot())

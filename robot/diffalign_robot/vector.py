@@ -157,7 +157,8 @@ class ChunkVectorEnv:
     def step(self, chunks: Array) -> ChunkStep:
         """Execute one chunk [B, Ta, Da] per environment (actions are clipped to the limits by the simulators).
 
-        Raises: FloatingPointError on a non-finite action, naming the environment; nothing is executed then.
+        Raises: FloatingPointError on a non-finite action, naming the environment; nothing is executed then. And on a
+        non-finite observation, which a policy that holds far observations would not show in its actions.
         """
         if chunks.shape[0] != self.count or chunks.shape[2] != self.action_dim:
             raise ValueError(f"chunks must be [{self.count}, Ta, {self.action_dim}], got {chunks.shape}")
@@ -166,9 +167,16 @@ class ChunkVectorEnv:
             raise FloatingPointError(f"the action chunk of environment {int(bad.argmax())} is not finite; "
                                      "nothing was executed")
         if self._local:
-            return self._local.step(chunks)
-        parts = self._all("step", [chunks[a:b] for a, b in zip(self._bounds, self._bounds[1:])])
-        return ChunkStep(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            done = self._local.step(chunks)
+        else:
+            parts = self._all("step", [chunks[a:b] for a, b in zip(self._bounds, self._bounds[1:])])
+            done = ChunkStep(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        lost = ~np.isfinite(done.obs).all(axis=1)
+        if lost.any():
+            where = int(lost.argmax())
+            raise FloatingPointError(f"the observation of environment {where} is not finite after a chunk: "
+                                     "its simulation diverged. Check the limits of its actions and its time step")
+        return done
 
     def images(self) -> Picture | None:
         """What the cameras show now [B, V, 3, S, S]; None where observations have no images.
