@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.diffusion import ODE
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import Denoiser, num_rows, select_rows
+from diffalign.policy.protocols import Denoiser, Policy, num_rows, select_rows
 from diffalign.policy.steering import Steers
 from diffalign.spec import spec
 from diffalign.train.statistics import mean_interval
@@ -88,9 +88,20 @@ def describe(policy: DiffusionPolicy) -> str:
 def draw(policy: DiffusionPolicy, parts: Parts, captions: Sequence[str], *, seed: int) -> Drawn:
     """One image per caption."""
     cond = encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    return Drawn(images_of(policy, parts, cond, seed=seed), list(captions))
+
+
+def images_of(policy: Policy, parts: Parts, cond: Cond, *, seed: int) -> Float[Tensor, "N 3 H W"]:
+    """One image per row of an encoded condition."""
     generator = torch.Generator().manual_seed(seed)
-    latents = [policy.act(select_rows(cond, rows), generator=generator).action for rows in _blocks(len(captions))]
-    return Drawn(decode_latents(parts.autoencoder, torch.cat(latents)), list(captions))
+    latents = [policy.act(select_rows(cond, rows), generator=generator).action for rows in _blocks(num_rows(cond))]
+    return decode_latents(parts.autoencoder, torch.cat(latents))
+
+
+def over_prompts(values: Float[Tensor, "N"], images_per_prompt: int) -> dict[str, Any]:
+    """Mean of a reward with its 95 % interval over the means of the prompts."""
+    mean, low, high = mean_interval(values.double().reshape(-1, images_per_prompt).mean(1).tolist())
+    return {"mean": mean, "interval": [low, high]}
 
 
 def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler: Sampler = "ode",
@@ -108,11 +119,8 @@ def evaluate(policy: DiffusionPolicy, parts: Parts, spec: Evaluation, *, sampler
 
 def summary(drawn: Drawn, spec: Evaluation) -> dict[str, Any]:
     """Rewards by name with 95 % intervals over prompt means, and what was evaluated."""
-    rewards = {}
-    for name, values in measure(drawn.images, drawn.captions).items():
-        per_prompt = values.double().reshape(-1, spec.images_per_prompt).mean(1).tolist()
-        mean, low, high = mean_interval(per_prompt)
-        rewards[name] = {"mean": mean, "interval": [low, high]}
+    rewards = {name: over_prompts(values, spec.images_per_prompt)
+               for name, values in measure(drawn.images, drawn.captions).items()}
     return {"rewards": rewards, "split": spec.split, "prompts": spec.prompts, "images": len(drawn.captions),
             "seed": spec.seed}
 

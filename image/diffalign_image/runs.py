@@ -27,7 +27,7 @@ from diffalign_image.shapes import scenes
 from diffalign_image.text import encode_captions
 
 CONSISTENCY = CPS(noise_level=1.0)  # the multistep sampler of a consistency model
-_GRID = 32  # pictures in the grids that training writes
+GRID = 32  # pictures in the grids that training writes
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def report(run: Run, name: str, policy: DiffusionPolicy, parts: Parts, evaluatio
     """evaluations/<name>.json, with what is `extra`, a line of metrics, and samples/<name>.png."""
     result = evaluate(policy, parts, evaluation, sampler=sampler, reference=reference)
     record(run, name, {**result, **(extra or {})}, step)
-    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, _GRID, sampler)
+    grid(policy, parts, evaluation, run.folder("samples"), name, evaluation.seed, GRID, sampler)
 
 
 def record(run: Run, name: str, result: Mapping[str, Any], step: int) -> None:

@@ -16,21 +16,16 @@ from diffalign.diffusion.paths import Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.compose import compose
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import Denoiser, Policy, select_rows
+from diffalign.policy.protocols import Denoiser, Policy
 from diffalign.policy.superpose import Superposition
 from diffalign.spec import spec
 from diffalign.train.run import Run
-from diffalign.train.statistics import mean_interval
-from diffalign_image.autoencoder import decode_latents
 from diffalign_image.composition import load_parents
-from diffalign_image.evaluate import Drawn, describe, save_grid
+from diffalign_image.evaluate import Drawn, describe, images_of, over_prompts, save_grid
 from diffalign_image.pipeline import Parts
 from diffalign_image.rewards import AnyReward
-from diffalign_image.runs import build_policy, chosen_sampler, record
+from diffalign_image.runs import GRID, build_policy, chosen_sampler, record
 from diffalign_image.text import encode_captions
-
-_BATCH = 64
-_GRID = 32  # pictures in the grids that the job writes
 
 
 @dataclass(frozen=True)
@@ -92,22 +87,25 @@ class ImageSuperpose:
         parts, policies = self._policies()
         for number, (name, policy) in enumerate(self._ways(policies)):
             if not (run.path / f"evaluations/{name}.json").is_file():
-                result, drawn = self._draw(policy, parts, self.seed, self.images)
-                record(run, name, result, number)
-                save_grid(drawn, run.folder("samples") / f"{name}.png")
+                drawn = self._draw(policy, parts, self.seed, self.images)
+                record(run, name, self._score(drawn, parts, self.seed), number)
+                each = max(1, GRID // len(self.captions))
+                shown = [i for i in range(len(drawn.captions)) if i % self.images < each]
+                save_grid(Drawn(drawn.images[shown], [drawn.captions[i] for i in shown]),
+                          run.folder("samples") / f"{name}.png")
 
     def evaluate(self, run: Run, *, seed: int, episodes: int | None, sampler: str | None) -> dict[str, Any]:
         """Rewards of the superposition; episodes = number of images."""
         chosen_sampler(sampler or "stochastic", stochastic=True)
         parts, policies = self._policies()
         images = self.images if episodes is None else max(1, episodes // len(self.captions))
-        return self._draw(self._superposed(policies), parts, seed, images)[0]
+        return self._score(self._draw(self._superposed(policies), parts, seed, images), parts, seed)
 
     def sample(self, run: Run, out: Path, *, seed: int, count: int) -> list[Path]:
         """A grid of every way of sampling, from the same noise."""
         parts, policies = self._policies()
         each = max(1, count // len(self.captions))
-        return [save_grid(self._draw(policy, parts, seed, each)[1], out / f"{name}.png")
+        return [save_grid(self._draw(policy, parts, seed, each), out / f"{name}.png")
                 for name, policy in self._ways(policies)]
 
     def _policies(self) -> tuple[Parts, list[DiffusionPolicy]]:
@@ -124,23 +122,20 @@ class ImageSuperpose:
         yield "average", compose(policies, tuple(1 / len(policies) for _ in policies))
         yield "after", self._superposed(policies)
 
-    def _draw(self, policy: Policy, parts: Parts, seed: int, images: int) -> tuple[dict[str, Any], Drawn]:
-        """(the result, some of the pictures, the same number of each entry)."""
+    def _draw(self, policy: Policy, parts: Parts, seed: int, images: int) -> Drawn:
+        """`images` pictures of every entry, in the entries' order."""
         entries = [entry for entry in self.captions for _ in range(images)]
-        columns = [list(column) for column in zip(*entries, strict=True)]
-        cond = {f"{i}/{name}": leaf for i, captions in enumerate(columns)
+        cond = {f"{i}/{name}": leaf for i, captions in enumerate(zip(*entries, strict=True))
                 for name, leaf in encode_captions(parts.tokenizer, parts.text_encoder, captions).items()}
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.cat([policy.act(select_rows(cond, rows), generator=generator).action
-                             for rows in torch.arange(len(entries)).split(_BATCH)])
-        drawn = decode_latents(parts.autoencoder, latents)
-        scores = torch.stack([self.reward(drawn, captions) for captions in columns], 1).double()
+        return Drawn(images_of(policy, parts, cond, seed=seed), [f" {self.operator} ".join(entry) for entry in entries])
+
+    def _score(self, drawn: Drawn, parts: Parts, seed: int) -> dict[str, Any]:
+        """The rewards of what `_draw` gave."""
+        images = len(drawn.captions) // len(self.captions)
+        columns = zip(*(entry for entry in self.captions for _ in range(images)), strict=True)
+        scores = torch.stack([self.reward(drawn.images, captions) for captions in columns], 1)
         together = scores.amin(1) if self.operator == "and" else scores.amax(1)
-        rewards = {}
-        for name, values in {"together": together, **{f"caption_{i}": s for i, s in enumerate(scores.T)}}.items():
-            mean, low, high = mean_interval(values.reshape(-1, images).mean(1).tolist())
-            rewards[name] = {"mean": mean, "interval": [low, high]}
-        shown = [i for i in range(len(entries)) if i % images < max(1, _GRID // len(self.captions))]
-        result = {"rewards": rewards, "split": "given", "prompts": len(self.captions), "images": len(entries),
-                  "seed": seed, "sampler": describe(build_policy(parts.denoiser, self.schedule, self.kernel))}
-        return result, Drawn(drawn[shown], [f" {self.operator} ".join(entries[i]) for i in shown])
+        named = {"together": together, **{f"caption_{i}": score for i, score in enumerate(scores.T)}}
+        return {"rewards": {name: over_prompts(values, images) for name, values in named.items()}, "split": "given",
+                "prompts": len(self.captions), "images": len(drawn.captions), "seed": seed,
+                "sampler": describe(build_policy(parts.denoiser, self.schedule, self.kernel))}
