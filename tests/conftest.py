@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import tempfile
+from collections.abc import Iterator
 
 # Before torch, transformers or mujoco are imported; subprocesses of tests inherit it.
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="diffalign_hf_"),
@@ -23,10 +24,12 @@ settings.load_profile("diffalign")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seeds() -> None:
+def _fixed_start() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from the legacy generator
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)  # a command that a test runs in this process sets its own
 
 
 @pytest.fixture(autouse=True)
