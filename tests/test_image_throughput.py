@@ -65,13 +65,21 @@ def test_accelerate_reads_the_launch_configs(name: str, machines: int, processes
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == {"ddp", "ddp_two_machines"}
 
 
-@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"),
-                                                ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
-def test_a_launcher_that_would_shard_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, name: str) -> None:
+@pytest.mark.parametrize(("variable", "name", "shards"), [
+    ("ACCELERATE_USE_FSDP", "FSDP", False), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", False),
+    ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", True)])
+def test_a_launcher_that_would_shard_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, name: str,
+                                                          shards: bool) -> None:
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=f"told to use {name}.*configs/accelerate/ddp.yaml"), \
-            launch.processes("image_finetune"):
+    with pytest.raises(ValueError, match=rf"told to use {name}.*(configs/accelerate/ddp.yaml.*model\.shard: true|"
+                                         r"model\.shard: true.*configs/accelerate/ddp.yaml)"), \
+            launch.processes("image_finetune", shards=shards):
         pass
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with launch.processes("image_finetune", shards=True):
+            pass
     monkeypatch.setenv(variable, "false")
     with launch.processes("image_finetune"):
         pass

@@ -18,7 +18,7 @@ from diffalign.rl.critics import ValueNet
 from diffalign.rl.likelihoods import Matching, Transition
 from diffalign.rl.rollouts import Rollout, image_rollout
 from diffalign.rl.surrogates import PPOClip
-from diffalign.train import on_policy
+from diffalign.train import losses, on_policy
 from diffalign.train.on_policy import OnPolicy, Optimization, optimize
 from diffalign.train.state import TrainState, frozen_copy
 
@@ -204,6 +204,25 @@ def test_the_average_pulls_back():
     metrics = run(pieces, policy, source, state, 40)
     assert metrics[0]["velocity/ema"] == pytest.approx(1.0, abs=1e-3)
     assert metrics[-1]["velocity/ema"] < 0.2
+
+
+def test_the_average_that_anchors_is_that_of_before_the_update():
+    """It is scored in the policy's own network, which has its live weights again afterwards."""
+    policy, state = setup(ODE(), ema_decay=0.5)
+    pieces = AWM(ema_velocity=1.0, optimization=Optimization(ema_decay=0.5)).compose()
+    trajectory = policy.act({"obs": torch.zeros(4, 1)}, generator=torch.Generator().manual_seed(0)).trajectory
+    examples = pieces.likelihood.examples(policy, trajectory, torch.ones(4), decisions=torch.arange(4),
+                                          generator=state.generator)
+    rows = examples.rows(torch.arange(4))
+    score = losses.anchors(pieces, policy, state, None)["ema"]
+    before, start = score(rows).velocity, parameters(state)
+    with torch.no_grad():
+        policy.denoiser.net[-1].bias.add_(1.0)
+    state.ema.update(policy.denoiser)
+    live = parameters(state)
+    assert torch.equal(score(rows).velocity, before)
+    assert torch.equal(parameters(state), live)
+    assert not torch.equal(live, start)
 
 
 def test_metrics_say_what_happened():

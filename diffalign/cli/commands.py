@@ -34,7 +34,7 @@ def train(args: argparse.Namespace) -> int:
                          f"Use `diffalign train {file}`")
     path = Path(args.run) if args.run else Path("runs") / file.stem.replace("_", "-")
     loggers = {name: mode for name, mode in (("tensorboard", args.tensorboard), ("wandb", args.wandb)) if mode}
-    with launch.processes(job_type):
+    with launch.processes(job_type, shards=isinstance(job, jobs.Shards) and job.shards):
         page = run_job(job, path, resume=args.resume, loggers=loggers)
         if page is not None:
             say(f"run folder {path}, report {page}")

@@ -43,6 +43,16 @@ class PolicyJob(Job, Protocol):
         ...
 
 
+@runtime_checkable
+class Shards(Job, Protocol):
+    """A job that can spread its model over several processes."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether it does."""
+        ...
+
+
 def domain(job_type: str) -> str:
     """`robot` or `image`."""
     return job_type.partition("_")[0]

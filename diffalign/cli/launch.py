@@ -9,21 +9,23 @@ from datetime import timedelta
 
 _PATIENCE = timedelta(hours=6)  # the first process evaluates alone while the others wait
 _MANY = ("image_finetune",)
-_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # set by `accelerate launch`
 
 
 @contextmanager
-def processes(job_type: str) -> Iterator[None]:
+def processes(job_type: str, *, shards: bool = False) -> Iterator[None]:
     """torch.distributed from WORLD_SIZE, RANK, LOCAL_RANK and MASTER_*; without them, or with one process, nothing.
 
-    Raises: ValueError for a job that one process must run, and under a launcher that was told to shard the model: here
-    every process holds all of it, so that the setting would do nothing.
+    shards: the job spreads its model over the processes.
+
+    Raises: ValueError for a job that one process must run, and under an `accelerate launch` that was told to shard the
+    model where the job does not, or by DeepSpeed, so that the setting would do nothing.
     """
-    for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ValueError(f"accelerate was told to use {name}, which shards a model; here every process holds the "
-                             "whole model and gradients are summed. Launch with configs/accelerate/ddp.yaml, and save "
-                             "memory by model.lora, model.gradient_checkpointing or a smaller model.batch_rows")
+    if _told("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("accelerate was told to use DeepSpeed, which is not used here. Launch with "
+                         "configs/accelerate/ddp.yaml; model.shard: true spreads a model over the processes (FSDP2)")
+    if _told("ACCELERATE_USE_FSDP") and not shards:
+        raise ValueError("accelerate was told to use FSDP, and this recipe leaves the whole model on every process. "
+                         "Set model.shard: true (image_finetune), or launch with configs/accelerate/ddp.yaml")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -41,3 +43,8 @@ def processes(job_type: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _told(variable: str) -> bool:
+    """Whether `accelerate launch` set a switch."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")

@@ -23,7 +23,7 @@ class Gaussian:
     @property
     def dims(self) -> int:
         """Event size D: the number of elements of one row."""
-        return self.mean[0].numel()
+        return self.mean.shape[1:].numel()
 
     def sample(self, generator: torch.Generator) -> Float[Tensor, "N *E"]:
         """mean + std * noise."""

@@ -221,8 +221,8 @@ class Matching:
     def examples(self, policy: DiffusionPolicy, trajectory: DenoisingTrajectory, advantage: Float[Tensor, "N"],
                  *, decisions: Int[Tensor, "n"], generator: torch.Generator, others: tuple[int, int] = (0, 0)
                  ) -> MatchingExamples:
-        """Draw (t, eps) and score the current policy as the old one, in blocks of the rollout's size."""
-        rows, device = trajectory.x.shape[0], trajectory.x.device
+        """Draw (t, eps) and score the current policy as the old one, draw by draw."""
+        device = trajectory.x.device
         decision = decisions.repeat(self.draws)
         before, count = others[0], others[0] + len(decisions) + others[1]
 
@@ -242,7 +242,7 @@ class Matching:
                                  torch.zeros_like(eps))
         with torch.no_grad():
             blocks = [self.score(policy, empty.rows(block))
-                      for block in torch.arange(len(decision), device=device).split(rows)]
+                      for block in torch.arange(len(decision), device=device).tensor_split(self.draws)]
         return replace(empty, old_log_prob=torch.cat([block.log_prob for block in blocks]),
                        old_error=torch.cat([block.error for block in blocks if block.error is not None]))
 

@@ -31,7 +31,7 @@ class PooledExamples:
 
     def rows(self, index: Int[Tensor, "M"]) -> Rows:
         """Materialize a minibatch; data and cond hold the J draws of a row one after the other."""
-        count = len(self)
+        count = max(1, len(self))
         each = index[:, None] + count * torch.arange(len(self.drawn) // count, device=index.device)
         draws = self.drawn.rows(each.flatten())
         advantage = self.drawn.advantage[self.decision[index]]
@@ -59,4 +59,5 @@ class PooledMatching:
     def score(self, policy: DiffusionPolicy, rows: Rows) -> Scored:
         """The mean over the draws of every row."""
         drawn = self.matching.score(policy, rows)
-        return Scored(drawn.log_prob.reshape(len(rows.advantage), -1).mean(1), None, None, drawn.dims)
+        pooled = drawn.log_prob.unflatten(0, (len(rows.advantage), self.matching.draws)).mean(1)
+        return Scored(pooled, None, None, drawn.dims)

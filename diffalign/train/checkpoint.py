@@ -20,17 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.train import distributed, sharding
 from diffalign.train.state import TrainState
 
 _NAME = re.compile(r"step_(\d{8})")
 
 
 def save(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
-    """Write `folder/step_XXXXXXXX` for state.step and drop all but the newest `keep` checkpoints."""
+    """Write `folder/step_XXXXXXXX` for state.step and drop all but the newest `keep` checkpoints.
+
+    All ranks must ask, the first one writes; sharded tensors are written whole.
+    """
     target = folder / f"step_{state.step:08d}"
     partial = folder / f".partial_{state.step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if distributed.leads():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     modules = {f"{role}.{name}": tensor for role, module in state.modules.items()
                for name, tensor in module.state_dict().items()}
     _write_tensors(partial / "modules.safetensors", modules)
@@ -42,6 +47,8 @@ def save(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
         training |= {f"ema.{name}": tensor for name, tensor in state.ema.weights.items()}
         record["ema_updates"] = state.ema.updates
     _write_tensors(partial / "training.safetensors", training)
+    if not distributed.leads():
+        return target
     _write_text(partial / "state.json", json.dumps(record))
     if target.exists():
         shutil.rmtree(target)
@@ -77,7 +84,7 @@ def load(path: Path, state: TrainState) -> None:
     if state.ema is not None:
         state.ema.updates = record["ema_updates"]
         for name, weight in state.ema.weights.items():
-            weight.copy_(training[f"ema.{name}"])
+            weight.copy_(sharding.placed(training[f"ema.{name}"], weight))
     state.counters = record["counters"]
     state.step = record["step"]
 
@@ -90,13 +97,14 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module], *, prefer_ema: bo
     require_same_modules(path, modules)
     stored = load_file(path / "modules.safetensors")
     for role, module in modules.items():
-        module.load_state_dict({name: stored[f"{role}.{name}"] for name in module.state_dict()})
+        module.load_state_dict({name: sharding.placed(stored[f"{role}.{name}"], tensor)
+                                for name, tensor in module.state_dict().items()})
     if prefer_ema and "policy" in modules:
         training = load_file(path / "training.safetensors")
         with torch.no_grad():
             for name, parameter in modules["policy"].named_parameters():
                 if f"ema.{name}" in training:
-                    parameter.copy_(training[f"ema.{name}"])
+                    parameter.copy_(sharding.placed(training[f"ema.{name}"], parameter))
 
 
 def require_same_modules(path: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -142,19 +150,24 @@ def _require_same_groups(optimizer: torch.optim.Optimizer, record: Mapping[str, 
 def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
                       ) -> None:
     packed = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            entries.setdefault(int(index), {})[name] = tensor
+            like = parameters[int(index)]
+            entries.setdefault(int(index), {})[name] = (
+                sharding.placed(tensor, like) if tensor.shape == like.shape else tensor)
     for group, stored in zip(packed["param_groups"], record["groups"], strict=True):
         group.update(stored)
     optimizer.load_state_dict({"state": entries, "param_groups": packed["param_groups"]})
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-    _sync(path)
+    whole = sharding.gathered(tensors)
+    if distributed.leads():
+        save_file({name: whole.pop(name).contiguous().clone() for name in [*whole]}, path)  # never both of all
+        _sync(path)
 
 
 def _write_text(path: Path, text: str) -> None:

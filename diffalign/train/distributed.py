@@ -68,9 +68,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A zero instead would make the optimizer count a step (and decay weights) that one process does not take.
     """
-    if world_size() == 1:
-        return
     parameters = list(parameters)
+    if world_size() == 1 or not parameters:
+        return
     holders = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     dist.all_reduce(holders)
     for parameter, count in zip(parameters, holders.tolist(), strict=True):
@@ -88,6 +88,15 @@ def sum_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     dist.all_gather_object(parts, dict(metrics))
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def largest(count: int) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return count
+    found = torch.tensor(count)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def sum_scalar(value: float) -> float:

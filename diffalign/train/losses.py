@@ -5,11 +5,12 @@ Legend: M rows of a microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser, select_rows
@@ -17,10 +18,11 @@ from diffalign.rl.likelihoods import ExampleSet, Rows, Scored
 from diffalign.rl.regularizers import reference_kl, velocity_mse
 from diffalign.rl.rollouts import Rollout
 from diffalign.train.pieces import OnPolicy
-from diffalign.train.state import TrainState, frozen_copy
+from diffalign.train.state import TrainState, holding
 from diffalign.train.supervised import Batch, denoising_loss
 
 Metrics = dict[str, float]
+Anchor = Callable[[Rows], Scored]
 
 
 class RatioDrift(ValueError):
@@ -28,32 +30,37 @@ class RatioDrift(ValueError):
 
 
 def anchors(pieces: OnPolicy, policy: DiffusionPolicy, state: TrainState, reference: Denoiser | None
-            ) -> Mapping[str, DiffusionPolicy]:
-    """The policies that hold this update back, by name."""
-    anchors = {}
+            ) -> Mapping[str, Anchor]:
+    """The scores of the policies that hold this update back, by name; the average is that of before the update."""
+    anchors: dict[str, Anchor] = {}
+    score = pieces.likelihood.score
     if reference is not None and pieces.needs_reference:
-        anchors["reference"] = replace(policy, denoiser=reference)
+        anchors["reference"] = partial(score, replace(policy, denoiser=reference))
     if pieces.ema_velocity and state.ema is not None:
-        average = frozen_copy(state.modules["policy"])
-        state.ema.copy_to(average)
-        anchors["ema"] = replace(policy, denoiser=_as_denoiser(average))
+        weights = {name: weight.clone() for name, weight in state.ema.weights.items()}
+
+        def averaged(rows: Rows) -> Scored:
+            with holding(state.modules["policy"], weights):
+                return score(policy, rows)
+
+        anchors["ema"] = averaged
     return anchors
 
 
-def _as_denoiser(module: nn.Module) -> Denoiser:
-    if not hasattr(module, "prediction"):
-        raise TypeError(f"{type(module).__name__} has no `prediction`; a trained denoiser must state its kind")
-    return module  # type: ignore[return-value]
-
-
 def policy_loss(pieces: OnPolicy, policy: DiffusionPolicy, examples: ExampleSet, index: Tensor,
-                anchors: Mapping[str, DiffusionPolicy], first: bool) -> tuple[Tensor, Metrics]:
+                anchors: Mapping[str, Anchor], first: bool) -> tuple[Tensor, Metrics]:
     """Mean surrogate plus weighted penalties of a microbatch; `first` checks that the ratio is 1.
+
+    A microbatch without rows has loss 0, and asks the same networks as any other.
 
     Raises: RatioDrift.
     """
     rows = examples.rows(index)
+    with torch.no_grad():  # before the policy is asked: an anchor may hold other weights in its network meanwhile
+        anchored = {name: score(rows) for name, score in anchors.items()}
     new = pieces.likelihood.score(policy, rows)
+    if not len(index):
+        return new.log_prob.sum(), {}
     log_ratio = (new.log_prob - rows.old_log_prob).detach()
     metrics = {"log_ratio/mean": float(log_ratio.mean()), "log_ratio/std": float(log_ratio.std(correction=0))}
     if first:
@@ -70,27 +77,24 @@ def policy_loss(pieces: OnPolicy, policy: DiffusionPolicy, examples: ExampleSet,
                 "clip/high": float(surrogate.held_high.float().mean())}
     if new.gaussian is not None and rows.old is not None:
         metrics["kl/old"] = float(rows.old.kl(new.gaussian).detach().mean())
-    penalties = _penalties(pieces, new, rows, anchors)
+    penalties = _penalties(pieces, new, anchored)
     for name, (weight, penalty) in penalties.items():
         loss = loss + weight * penalty
         metrics[name] = float(penalty.detach().mean())
     return loss.mean(), metrics
 
 
-def _penalties(pieces: OnPolicy, new: Scored, rows: Rows, anchors: Mapping[str, DiffusionPolicy]
-               ) -> dict[str, tuple[float, Tensor]]:
+def _penalties(pieces: OnPolicy, new: Scored, anchored: Mapping[str, Scored]) -> dict[str, tuple[float, Tensor]]:
     """(weight, penalty [M]) by metric name."""
-    with torch.no_grad():
-        scored = {name: pieces.likelihood.score(anchor, rows) for name, anchor in anchors.items()}
     found: dict[str, tuple[float, Tensor]] = {}
     if pieces.reference_kl:
-        found["kl/reference"] = pieces.reference_kl, reference_kl(new, scored["reference"])
+        found["kl/reference"] = pieces.reference_kl, reference_kl(new, anchored["reference"])
     if pieces.reference_velocity:
-        found["velocity/reference"] = pieces.reference_velocity, velocity_mse(new, scored["reference"])
+        found["velocity/reference"] = pieces.reference_velocity, velocity_mse(new, anchored["reference"])
     if pieces.entropy and new.gaussian is not None:
         found["entropy/minus"] = pieces.entropy, -new.gaussian.entropy() / new.dims
     if pieces.ema_velocity:
-        found["velocity/ema"] = pieces.ema_velocity, velocity_mse(new, scored["ema"])
+        found["velocity/ema"] = pieces.ema_velocity, velocity_mse(new, anchored["ema"])
     return found
 
 

@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser
 from diffalign.rl.advantages import Estimate, Outcome, tied_fraction
 from diffalign.rl.likelihoods import ExampleSet
 from diffalign.rl.rollouts import Rollout, RolloutSource
-from diffalign.train import distributed, update
+from diffalign.train import distributed, sharding, update
 from diffalign.train.adaptive import adapt, penalized
 from diffalign.train.losses import Metrics, RatioDrift, anchors, cloning_loss, policy_loss, value_loss
 from diffalign.train.pieces import OnPolicy, Optimization
@@ -133,14 +133,14 @@ def _update_policy(pieces: OnPolicy, policy: DiffusionPolicy, rollout: Rollout, 
             if state.step >= plan.critic_warmup:
                 index = index[kept[examples.decision[index]]]
                 losses += [(weight, partial(policy_loss, pieces, policy, examples, part, held, first))
-                           for weight, part in _microbatches(index, plan.microbatch_rows)]
+                           for weight, part in _microbatches(index, plan.microbatch_rows, state.modules["policy"])]
                 if demonstrations is not None and pieces.behavior_cloning:
                     share = 1 / distributed.world_size()  # every rank draws the same demonstrations
                     losses.append((share, partial(cloning_loss, pieces, policy, demonstrations, state.generator)))
             if pieces.needs_critic and estimate.target is not None:
                 decisions = decisions[kept[decisions]]
                 losses += [(weight, partial(value_loss, pieces, rollout, estimate.target, part, state))
-                           for weight, part in _microbatches(decisions, plan.microbatch_rows)]
+                           for weight, part in _microbatches(decisions, plan.microbatch_rows, state.modules["critic"])]
             collected.append(update.step(state, losses, max_grad_norm=plan.max_grad_norm))
     metrics = {name: sum(m[name] for m in collected if name in m) / sum(name in m for m in collected)
                for name in collected[-1]}
@@ -173,7 +173,9 @@ def _counts(rows: int, generator: torch.Generator) -> tuple[int, int, int]:
     return before, total, total - before - rows
 
 
-def _microbatches(index: Tensor, size: int) -> list[tuple[float, Tensor]]:
-    """(fraction of the minibatch over all processes, rows) pairs."""
+def _microbatches(index: Tensor, size: int, module: nn.Module) -> list[tuple[float, Tensor]]:
+    """(fraction of the minibatch over all processes, rows) pairs; some without rows if the module is sharded."""
     total = distributed.sum_scalar(float(len(index)))
-    return [(len(part) / total, part) for part in index.split(size) if len(part)]
+    parts = [part for part in index.split(size) if len(part)]
+    parts += [index[:0]] * sharding.shortfall(module, len(parts))
+    return [(len(part) / total, part) for part in parts]

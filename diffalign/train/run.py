@@ -109,8 +109,7 @@ class Run:
 
     def save(self, state: TrainState, *, keep: int = 2) -> None:
         """Write a checkpoint of the state."""
-        if distributed.leads():
-            checkpoint.save(self.folder("checkpoints"), state, keep=keep)
+        checkpoint.save(self.folder("checkpoints"), state, keep=keep)
         distributed.barrier()
 
     def restore(self, state: TrainState) -> bool:

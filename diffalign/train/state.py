@@ -69,16 +69,27 @@ class TrainState:
         if self.ema is None:
             yield
             return
-        module = self.modules["policy"]
-        live = {name: p.detach().clone() for name, p in module.named_parameters() if name in self.ema.weights}
-        self.ema.copy_to(module)
-        try:
+        with holding(self.modules["policy"], self.ema.weights):
             yield
-        finally:
-            with torch.no_grad():
-                for name, p in module.named_parameters():
-                    if name in live:
-                        p.copy_(live[name])
+
+
+@contextmanager
+def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the module's parameters of these names hold `weights`, which hold the module's meanwhile."""
+    _exchange(module, weights)
+    try:
+        yield
+    finally:
+        _exchange(module, weights)
+
+
+@torch.no_grad()
+def _exchange(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if name in weights:
+            held = parameter.clone()
+            parameter.copy_(weights[name])
+            weights[name].copy_(held)
 
 
 def scale_learning_rates(state: TrainState, factor: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from diffalign.train import distributed
+from diffalign.train import distributed, sharding
 from diffalign.train.state import TrainState
 
 Loss = Callable[[], tuple[Tensor, Mapping[str, float]]]
@@ -37,7 +37,8 @@ def step(state: TrainState, losses: Iterable[tuple[float, Loss]], *, max_grad_no
             totals[name] = totals.get(name, 0.0) + weight * value
         (weight * loss).backward()
     totals = distributed.sum_metrics(totals)
-    distributed.sum_gradients(p for group in state.optimizer.param_groups for p in group["params"])
+    distributed.sum_gradients(p for group in state.optimizer.param_groups for p in group["params"]
+                              if not sharding.is_sharded(p))  # those were summed by their backward pass
     for group in state.optimizer.param_groups:
         totals[f"grad_norm/{group['name']}"] = _clip(state, group, max_grad_norm)
     state.optimizer.step()
@@ -49,9 +50,10 @@ def step(state: TrainState, losses: Iterable[tuple[float, Loss]], *, max_grad_no
 def _clip(state: TrainState, group: Mapping[str, object], max_grad_norm: float | None) -> float:
     module = state.modules[str(group["name"])]
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
+    norm = sharding.whole(torch.nn.utils.get_total_norm(gradients.values()))
     if not bool(torch.isfinite(norm)):
-        bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        bad = [name for name, gradient in gradients.items()
+               if not bool(torch.isfinite(sharding.whole(gradient)).all())]
         what = f"gradient of {group['name']}.{bad[0]}" if bad else f"the gradient norm of {group['name']}"
         raise NonFinite(f"{what} is not finite at step {state.step}; "
                         "the weights are those before this update. Lower the learning rate or the trust region")

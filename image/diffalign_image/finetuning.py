@@ -106,8 +106,19 @@ class ImageFinetune:
         require_positive(self, "prompts_per_update", "images_per_prompt", "iterations", "checkpoint_every",
                          "evaluate_every")
 
+    @property
+    def shards(self) -> bool:
+        """Whether training spreads the model over the processes."""
+        return self.model.shard
+
     def train(self, run: Run) -> None:
-        """Fine-tune or go on, with evaluations before, during and after; ends with lora/ or pipeline/."""
+        """Fine-tune or go on, with evaluations before, during and after; ends with lora/ or pipeline/.
+
+        Raises: ValueError for a model that is to be sharded over one process.
+        """
+        if self.shards and distributed.world_size() == 1:
+            raise ValueError("model.shard: true spreads the weights over several processes, got 1; start it by "
+                             "`torchrun --nproc_per_node N -m -- diffalign train ...`, or set it to false")
         prompts, held_out, pieces = read_prompts(self.prompts), self._evaluation_prompts(), self._pieces()
         model, plan = self._load(), pieces.optimization
         geometry = self.geometry(model.policy, distributed.world_size())
@@ -121,7 +132,7 @@ class ImageFinetune:
         watch = Watch(self.guard.stop, list(self.guard.held_out or {}), first_evaluation(run))
 
         def report_as(name: str) -> None:
-            if distributed.leads():
+            if distributed.leads() or self.shards:  # all must ask a sharded network
                 with state.ema_modules():
                     result = self._evaluated(model, held_out, self.evaluation)
                     report(model, run, name, result, held_out, state.step, seed=self.evaluation.seed)
@@ -144,8 +155,7 @@ class ImageFinetune:
 
         drive(run, state, timed(), report_as, iterations=self.iterations, evaluate_every=self.evaluate_every,
               checkpoint_every=self.checkpoint_every, halted=halted)
-        if distributed.leads():
-            model.save(run, state)
+        model.save(run, state)
         distributed.barrier()
 
     def geometry(self, policy: DiffusionPolicy, processes: int) -> Geometry:

@@ -15,6 +15,7 @@ from diffalign.diffusion import Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.policy.protocols import select_rows
 from diffalign.spec import spec
+from diffalign.train import sharding
 
 
 @spec
@@ -47,6 +48,7 @@ class GuidedDenoiser(nn.Module):
     """A network asked with and without the prompt, in blocks of `rows` rows so that memory does not grow with N.
 
     empty: the conditioning of no prompt, every leaf [1, ...], kept out of checkpoints. scale 1 asks the network once.
+    Processes that share the network's weights must ask it equally often: one with fewer rows asks on, about nothing.
     """
 
     def __init__(self, network: nn.Module, prediction: Prediction, empty: Cond, scale: float, rows: int) -> None:
@@ -60,8 +62,16 @@ class GuidedDenoiser(nn.Module):
 
     def forward(self, x: Float[Tensor, "N *E"], t: Float[Tensor, "N"], cond: Cond) -> Float[Tensor, "N *E"]:
         """The guided prediction."""
-        blocks = torch.arange(len(x), device=x.device).split(self.rows)
-        return torch.cat([self._ask(x[rows], t[rows], select_rows(cond, rows)) for rows in blocks])
+        blocks = torch.arange(len(x), device=x.device).split(self.rows) if len(x) else ()
+        missing = sharding.shortfall(self.network, len(blocks))
+        asked = [self._ask(x[rows], t[rows], select_rows(cond, rows)) for rows in blocks]
+        asked += [self._nothing(x, t, cond) for _ in range(missing)]
+        return torch.cat(asked) if asked else torch.zeros_like(x)
+
+    def _nothing(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """No row, after the network was asked about a blank one; the gradient of it is 0."""
+        blank = {name: self.get_buffer(f"empty_{name}") for name in cond}
+        return self._ask(x.new_zeros(1, *x.shape[1:]), t.new_full((1,), 0.5), blank)[:0]
 
     def _ask(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.scale == 1:

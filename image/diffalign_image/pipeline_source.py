@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.diffusion.trajectories import DenoisingTrajectory, concatenate
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.rl.rollouts import Rollout, image_rollout
-from diffalign.train import distributed
+from diffalign.train import distributed, sharding
 from diffalign.train.state import TrainState
 from diffalign_image.families import decode
 from diffalign_image.geometry import Geometry
@@ -127,7 +127,7 @@ class PipelineSource:
         before = distributed.rank() * len(path.x)
         count = max(0, min(self.guard.images - before, len(path.x)))
         sums = {"count": float(count), "kl": 0.0, "ours": 0.0, "theirs": 0.0}
-        if count:
+        if count or sharding.any_sharded(self.model.trained):
             with self.watch.stage("guard"):
                 found = drift(replace(policy, denoiser=self.model.sampling), self.model.references[0],
                               first_rows(path, count))

@@ -18,11 +18,12 @@ from diffalign.diffusion import Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
 from diffalign.policy.protocols import Denoiser
 from diffalign.spec import spec
+from diffalign.train import distributed, sharding
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.statistics import mean_interval
 from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_film, save_grid
-from diffalign_image.families import Family, FamilyName, decode, load, save_lora, trunk
+from diffalign_image.families import Family, FamilyName, decode, load, save_lora, save_pipeline, trunk
 from diffalign_image.guards import diversity, features
 from diffalign_image.guidance import Guidance, GuidedDenoiser
 from diffalign_image.lora import Lora, WithoutAdapters, add_lora, checkpoint_trainable_only, lora_layers
@@ -42,7 +43,9 @@ class Model:
     (frames, height, width), null for the model's own. lora: null trains all weights of the UNet or transformer, in
     float32. guidance: null is none. distilled_guidance: the scale that guidance-distilled models (FLUX, LCM) take as an
     input. batch_rows: most images in one call of the network (twice as many rows with guidance); it bounds the memory
-    of sampling and scoring, gradients are bounded by optimization.microbatch_rows.
+    of sampling and scoring, gradients are bounded by optimization.microbatch_rows. shard: training spreads the weights
+    of the UNet or transformer over the processes, and what is kept beside each trained weight (gradient, moments,
+    average); LoRA's own weights are small and stay whole.
     """
 
     path: str
@@ -55,6 +58,7 @@ class Model:
     distilled_guidance: float | None = None
     batch_rows: int = 8
     gradient_checkpointing: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.lora is None and self.dtype != "float32":
@@ -81,18 +85,27 @@ class Pretrained:
              keep_reference: bool) -> Pretrained:
         """Load, and add fresh adapters from the seed. Without LoRA a reference is a copy, made only if asked for.
 
+        In one process nothing is sharded. In several the model is loaded by each before its slices are taken.
+
         Raises: ValueError for a pipeline that cannot be read or settings that do not fit it.
         """
         device = torch.device("cuda" if plan.device == "auto" and torch.cuda.is_available() else
                               plan.device.replace("auto", "cpu"))
+        sharded = plan.shard and distributed.world_size() > 1
         family = load(plan.path, plan.family, getattr(torch, plan.dtype), device, size=plan.size,
-                      distilled_guidance=plan.distilled_guidance)
+                      distilled_guidance=plan.distilled_guidance, trunk_device=torch.device("cpu") if sharded else None)
         if plan.lora is None:
             trunk(family).requires_grad_(True)
         else:
             add_lora(trunk(family), plan.lora, family.lora_targets, seed=seed)
         if plan.gradient_checkpointing:
             cast(Any, trunk(family)).enable_gradient_checkpointing()
+        base = frozen_copy(family.network) if plan.lora is None and keep_reference else None
+        if sharded:
+            adapters = frozenset(p for p in family.network.parameters() if plan.lora is not None and p.requires_grad)
+            sharding.shard(family.network, device, kept=adapters)
+            if base is not None:
+                sharding.shard(base, device)
         guidance, empty = plan.guidance or Guidance(scale=1.0), family.encode_empty()
         prediction = cast(Denoiser, family.network).prediction
 
@@ -106,8 +119,8 @@ class Pretrained:
         if plan.lora is not None:
             checkpoint_trainable_only(scoring)
             references = WithoutAdapters(drawing, trunk(family)), WithoutAdapters(scoring, trunk(family))
-        elif keep_reference:
-            references = guided(frozen_copy(family.network))
+        elif base is not None:
+            references = guided(base)
         policy = DiffusionPolicy(scoring, family.path, kernel, schedule, family.event, trained)
         return cls(family, plan, policy, drawing, Embeddings(family.encode), references)
 
@@ -154,7 +167,10 @@ class Pretrained:
 
     def grid(self, prompts: Sequence[Prompt], folder: Path, name: str, *, seed: int, count: int | None = None,
              base: bool = False) -> list[Path]:
-        """folder/<name>.png: pictures or frames of clips, by the ODE, of the model or its base; clips also as .mp4."""
+        """folder/<name>.png: pictures or frames of clips, by the ODE, of the model or its base; clips also as .mp4.
+
+        Of several processes that ask the first one writes.
+        """
         if count is None:
             count = _GRID if self.family.frame_rate is None else _CLIPS
         policy = sampler_policy(self.sampler, "ode")
@@ -162,17 +178,22 @@ class Pretrained:
             policy = replace(policy, denoiser=self.references[0])
         some = [prompts[i % len(prompts)] for i in range(count)]
         drawn = self.draw(policy, some, seed)
+        if not distributed.leads():
+            return []
         sheet = save_grid(drawn, folder / f"{name}.png")
         if self.family.frame_rate is None:
             return [sheet]
         return [sheet, save_film(drawn, folder / f"{name}.mp4", frame_rate=self.family.frame_rate)]
 
     def save(self, run: Run, state: TrainState) -> None:
-        """The averaged weights: lora/ for `pipe.load_lora_weights`, or with all weights trained a pipeline/ folder."""
+        """The averaged weights: lora/ for `pipe.load_lora_weights`, or with all weights trained a pipeline/ folder.
+
+        All ranks must ask, the first one writes.
+        """
         with state.ema_modules():
             if self.plan.lora is None:
-                self.family.pipe.save_pretrained(run.folder("pipeline"))
-            else:
+                save_pipeline(self.family, run.folder("pipeline"))
+            elif distributed.leads():
                 save_lora(self.family, lora_layers(trunk(self.family), self.plan.lora), run.folder("lora"))
 
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from diffalign_image.families.flux import Flux
 from diffalign_image.families.ltx import LTX
-from diffalign_image.families.protocol import Family, Network, decode, save_lora, trunk
+from diffalign_image.families.protocol import Family, Network, decode, save_lora, save_pipeline, trunk
 from diffalign_image.families.qwen_image import QwenImage
 from diffalign_image.families.sd3 import SD3
 from diffalign_image.families.sd15 import SD15
@@ -23,7 +23,8 @@ FAMILIES: dict[str, Any] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "flux": Flux
                             "ltx": LTX}
 ALIASES = {"LatentConsistencyModelPipeline": "sd15"}  # the same parts in another pipeline
 
-__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "family_of", "load", "save_lora", "trunk"]
+__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "family_of", "load", "save_lora", "save_pipeline",
+           "trunk"]
 
 
 def family_of(path: str) -> str:
@@ -43,8 +44,10 @@ def family_of(path: str) -> str:
 
 
 def load(path: str, family: str | None, dtype: torch.dtype, device: torch.device, *, size: Sequence[int] | None = None,
-         distilled_guidance: float | None = None) -> Family:
+         distilled_guidance: float | None = None, trunk_device: torch.device | None = None) -> Family:
     """The pipeline in a folder or on the hub, frozen, in evaluation mode, on the device; its autoencoder in float32.
+
+    trunk_device: where the UNet or transformer goes instead.
 
     Raises: ValueError if it cannot be found or read, or if the settings do not fit it.
     """
@@ -53,9 +56,9 @@ def load(path: str, family: str | None, dtype: torch.dtype, device: torch.device
         pipe = cls.pipeline.from_pretrained(path, torch_dtype=dtype, **dict.fromkeys(cls.left_out))
     except (OSError, ValueError) as error:
         raise _missing(path, error) from None
-    for part in pipe.components.values():
+    for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False).to(device)
+            part.eval().requires_grad_(False).to(trunk_device if name == cls.trunk_name and trunk_device else device)
     pipe.vae.to(torch.float32)
     found: Family = cls.of(pipe, size, distilled_guidance)
     return found

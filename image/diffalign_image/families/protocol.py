@@ -5,16 +5,19 @@ Legend: N rows, *E one latent: [Z, h, w] of an image, [Z, F, h, w] of a clip; H 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path as File
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.diffusion import Path, Prediction
 from diffalign.diffusion.trajectories import Cond
+from diffalign.train import distributed, sharding
 
 
 class Network(Protocol):
@@ -75,6 +78,21 @@ def trunk(family: Family) -> nn.Module:
     """The UNet or transformer that is trained."""
     found: nn.Module = getattr(family.pipe, family.trunk_name)
     return found
+
+
+def save_pipeline(family: Family, folder: File) -> None:
+    """Write a folder that `from_pretrained` reads; all ranks must ask, the first one writes."""
+    pipe, part = family.pipe, cast(Any, trunk(family))
+    if sharding.any_sharded(part):
+        weights = sharding.gathered(part.state_dict())
+        with init_empty_weights():
+            plain = type(part).from_config(part.config)
+        pipe = copy.copy(pipe)
+        setattr(pipe, family.trunk_name, plain)
+        if distributed.leads():
+            plain.load_state_dict(weights, assign=True)
+    if distributed.leads():
+        pipe.save_pretrained(folder)
 
 
 def save_lora(family: Family, layers: dict[str, Tensor], folder: File) -> None:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from diffalign.diffusion import FlowPath, Prediction
 from diffalign.diffusion.trajectories import Cond
+from diffalign.train import sharding
 from diffalign_image.families.flux import pack, packed_event, unpack
 from diffalign_image.families.protocol import decode_by_channel
 from diffalign_image.families.sd3 import JOINT_LORA_TARGETS
@@ -97,7 +98,8 @@ class QwenTransformer(nn.Module):
         """The velocity eps - x0."""
         length = cond["length"]
         groups = [(length == one).nonzero().flatten() for one in length.unique().tolist()]
-        found = torch.cat([self._ask(x[rows], t[rows], cond["text"][rows, : int(length[rows[0]])]) for rows in groups])
+        asked = groups + [groups[0][:1]] * sharding.shortfall(self.transformer, len(groups))
+        found = torch.cat([self._ask(x[rows], t[rows], cond["text"][rows, : int(length[rows[0]])]) for rows in asked])
         return found[torch.cat(groups).argsort()]
 
     def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
