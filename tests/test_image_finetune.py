@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from diffalign.train import checkpoint
 from diffalign.train.pieces import Optimization
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState
-from diffalign_image.families import FAMILIES, trunk
+from diffalign_image.families import FAMILIES, encoders_on, trunk
 from diffalign_image.finetuning import ImageFinetune, PromptEvaluation
 from diffalign_image.geometry import solve
 from diffalign_image.guidance import Guidance
@@ -300,6 +301,46 @@ def test_embeddings_are_computed_once() -> None:
     assert asked == ["aa", "b"]
 
 
+def test_text_encoders_come_to_the_device_for_new_prompts_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = job(folder, "sd3", 1)
+    plain = loaded(chosen)
+    offloaded = loaded(replace(chosen, model=replace(chosen.model, offload_encoders=True)))
+    texts = ["red cat", "dog"]
+    assert torch.equal(offloaded.embeddings(texts)["text"], plain.embeddings(texts)["text"])
+
+    events: list[str] = []
+    move, encode = torch.nn.Module.to, plain.family.encode
+
+    def moved(module: torch.nn.Module, device: object) -> torch.nn.Module:
+        events.append(str(device))
+        return move(module, device)
+
+    def encoded(prompt: str) -> dict[str, torch.Tensor]:
+        events.append(prompt)
+        return encode(prompt)
+
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        monkeypatch.setattr(type(getattr(plain.family.pipe, name)), "to", moved)
+    embeddings = Embeddings(encoded, partial(encoders_on, plain.family, torch.device("cpu:0")))
+    for asked in (["red cat", "dog", "red cat"], ["dog"], ["dog", "blue cat"]):
+        embeddings(asked)
+    there, back = ["cpu:0"] * 3, ["cpu"] * 3
+    assert events == [*there, "red cat", "dog", *back, *there, "blue cat", *back]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_compiled_network_learns_the_same(folder: Path, tmp_path: Path) -> None:
+    chosen = job(folder, "sd3", 2)
+    for name, compiled in (("eager", False), ("compiled", True)):
+        start(tmp_path / name, replace(chosen, model=replace(chosen.model, compile=compiled)))
+    eager, compiled = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors")
+                       for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    for name, weight in eager.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=0, atol=1e-5)
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a value critic"):
         job(folder, "sd15", 1, algorithm=DPPO())
@@ -315,6 +356,8 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         Model(path="x", lora=None, dtype="bfloat16")
     with pytest.raises(ValueError, match="batch_rows must be at least 1"):
         Model(path="x", batch_rows=0)
+    with pytest.raises(ValueError, match="compile: true was never tried"):
+        Model(path="x", shard=True, compile=True)
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"targets": ()}):
         with pytest.raises(ValueError, match="got"):
             Lora(**wrong)

@@ -6,7 +6,9 @@ Legend: N images of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,14 +18,14 @@ from torch import nn
 from diffalign import choices
 from diffalign.diffusion import Schedule, TrainedSteps
 from diffalign.policy.diffusion import DiffusionPolicy
-from diffalign.policy.protocols import Denoiser
+from diffalign.policy.protocols import Denoiser, select_rows
 from diffalign.spec import spec
 from diffalign.train import distributed, sharding
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
 from diffalign.train.statistics import mean_interval
 from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_film, save_grid
-from diffalign_image.families import Family, FamilyName, decode, load, save_lora, save_pipeline, trunk
+from diffalign_image.families import Family, FamilyName, decode, encoders_on, load, save_lora, save_pipeline, trunk
 from diffalign_image.guards import diversity, features
 from diffalign_image.guidance import Guidance, GuidedDenoiser
 from diffalign_image.lora import Lora, WithoutAdapters, add_lora, checkpoint_trainable_only, lora_layers
@@ -45,7 +47,9 @@ class Model:
     input. batch_rows: most images in one call of the network (twice as many rows with guidance); it bounds the memory
     of sampling and scoring, gradients are bounded by optimization.microbatch_rows. shard: training spreads the weights
     of the UNet or transformer over the processes, and what is kept beside each trained weight (gradient, moments,
-    average); LoRA's own weights are small and stay whole.
+    average); LoRA's own weights are small and stay whole. offload_encoders: the text encoders wait in main memory and
+    come to the device for new prompts alone. compile: the UNet or transformer by torch.compile, which takes minutes
+    before it pays.
     """
 
     path: str
@@ -59,6 +63,8 @@ class Model:
     batch_rows: int = 8
     gradient_checkpointing: bool = False
     shard: bool = False
+    offload_encoders: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.lora is None and self.dtype != "float32":
@@ -66,6 +72,9 @@ class Model:
                              "float32, or lora, whose own weights are always float32")
         if self.batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {self.batch_rows}")
+        if self.shard and self.compile:
+            raise ValueError("compile: true was never tried on a model that is spread over processes (shard: true); "
+                             "use one of them")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ class Pretrained:
                               plan.device.replace("auto", "cpu"))
         sharded = plan.shard and distributed.world_size() > 1
         family = load(plan.path, plan.family, getattr(torch, plan.dtype), device, size=plan.size,
-                      distilled_guidance=plan.distilled_guidance, trunk_device=torch.device("cpu") if sharded else None)
+                      distilled_guidance=plan.distilled_guidance, trunk_waits=sharded,
+                      encoders_wait=plan.offload_encoders)
         if plan.lora is None:
             trunk(family).requires_grad_(True)
         else:
@@ -106,7 +116,12 @@ class Pretrained:
             sharding.shard(family.network, device, kept=adapters)
             if base is not None:
                 sharding.shard(base, device)
-        guidance, empty = plan.guidance or Guidance(scale=1.0), family.encode_empty()
+        if plan.compile:
+            trunk(family).compile()
+        at_work = partial(encoders_on, family, device) if plan.offload_encoders else nullcontext
+        with at_work():
+            empty = family.encode_empty()
+        guidance = plan.guidance or Guidance(scale=1.0)
         prediction = cast(Denoiser, family.network).prediction
 
         def guided(network: nn.Module) -> tuple[GuidedDenoiser, GuidedDenoiser]:
@@ -122,7 +137,7 @@ class Pretrained:
         elif base is not None:
             references = guided(base)
         policy = DiffusionPolicy(scoring, family.path, kernel, schedule, family.event, trained)
-        return cls(family, plan, policy, drawing, Embeddings(family.encode), references)
+        return cls(family, plan, policy, drawing, Embeddings(family.encode, at_work), references)
 
     @property
     def trained(self) -> GuidedDenoiser:
@@ -137,10 +152,10 @@ class Pretrained:
     def draw(self, policy: DiffusionPolicy, prompts: Sequence[Prompt], seed: int) -> Drawn:
         """One image per prompt. Image i depends on the seed and on i, not on how many are drawn with it."""
         device = next(self.trained.parameters()).device
-        found = []
-        for i, prompt in enumerate(prompts):
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
-            latent = policy.act(self.embeddings([prompt.text]), generator=generator).action
+        cond, found = self.embeddings([prompt.text for prompt in prompts]), []
+        for row in torch.arange(len(prompts), device=device):
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + int(row))
+            latent = policy.act(select_rows(cond, row[None]), generator=generator).action
             found.append(decode(self.family, latent))
         return Drawn(torch.cat(found), [prompt.text for prompt in prompts])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,20 +77,24 @@ def positions(first: int, count: int, total: int, seed: int) -> list[int]:
 
 
 class Embeddings:
-    """The conditioning of prompts, each encoded once and by itself, so that it never depends on the rest of a batch."""
+    """The conditioning of prompts, each encoded once and by itself, so that it never depends on the rest of a batch.
 
-    def __init__(self, encode: Callable[[str], dict[str, Tensor]]) -> None:
+    at_work: the context within which `encode` works; text encoders that wait in main memory come to the device there.
+    """
+
+    def __init__(self, encode: Callable[[str], dict[str, Tensor]],
+                 at_work: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._encode = encode
+        self._at_work = at_work
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Rows in the order of the prompts."""
-        rows = [self._one(prompt) for prompt in prompts]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            with self._at_work():
+                self._known |= {prompt: self._encode(prompt) for prompt in new}
+        rows = [self._known[prompt] for prompt in prompts]
+        for prompt in list(self._known)[:-_KEPT]:
+            del self._known[prompt]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-    def _one(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._known:
-            if len(self._known) >= _KEPT:
-                self._known.pop(next(iter(self._known)))
-            self._known[prompt] = self._encode(prompt)
-        return self._known[prompt]

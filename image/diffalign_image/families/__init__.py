@@ -11,7 +11,16 @@ from diffusers import DiffusionPipeline
 
 from diffalign_image.families.flux import Flux
 from diffalign_image.families.ltx import LTX
-from diffalign_image.families.protocol import Family, Network, decode, save_lora, save_pipeline, trunk
+from diffalign_image.families.protocol import (
+    TEXT_ENCODER,
+    Family,
+    Network,
+    decode,
+    encoders_on,
+    save_lora,
+    save_pipeline,
+    trunk,
+)
 from diffalign_image.families.qwen_image import QwenImage
 from diffalign_image.families.sd3 import SD3
 from diffalign_image.families.sd15 import SD15
@@ -23,8 +32,8 @@ FAMILIES: dict[str, Any] = {"sd15": SD15, "sdxl": SDXL, "sd3": SD3, "flux": Flux
                             "ltx": LTX}
 ALIASES = {"LatentConsistencyModelPipeline": "sd15"}  # the same parts in another pipeline
 
-__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "family_of", "load", "save_lora", "save_pipeline",
-           "trunk"]
+__all__ = ["FAMILIES", "Family", "FamilyName", "Network", "decode", "encoders_on", "family_of", "load", "save_lora",
+           "save_pipeline", "trunk"]
 
 
 def family_of(path: str) -> str:
@@ -44,10 +53,10 @@ def family_of(path: str) -> str:
 
 
 def load(path: str, family: str | None, dtype: torch.dtype, device: torch.device, *, size: Sequence[int] | None = None,
-         distilled_guidance: float | None = None, trunk_device: torch.device | None = None) -> Family:
+         distilled_guidance: float | None = None, trunk_waits: bool = False, encoders_wait: bool = False) -> Family:
     """The pipeline in a folder or on the hub, frozen, in evaluation mode, on the device; its autoencoder in float32.
 
-    trunk_device: where the UNet or transformer goes instead.
+    trunk_waits, encoders_wait: the UNet or transformer, the text encoders stay in main memory.
 
     Raises: ValueError if it cannot be found or read, or if the settings do not fit it.
     """
@@ -58,7 +67,8 @@ def load(path: str, family: str | None, dtype: torch.dtype, device: torch.device
         raise _missing(path, error) from None
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False).to(trunk_device if name == cls.trunk_name and trunk_device else device)
+            waits = trunk_waits if name == cls.trunk_name else encoders_wait and name.startswith(TEXT_ENCODER)
+            part.eval().requires_grad_(False).to("cpu" if waits else device)
     pipe.vae.to(torch.float32)
     found: Family = cls.of(pipe, size, distilled_guidance)
     return found

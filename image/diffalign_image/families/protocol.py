@@ -6,7 +6,8 @@ Legend: N rows, *E one latent: [Z, h, w] of an image, [Z, F, h, w] of a clip; H 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as File
 from typing import Any, ClassVar, Protocol, cast
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from diffalign.diffusion import Path, Prediction
 from diffalign.diffusion.trajectories import Cond
 from diffalign.train import distributed, sharding
+
+TEXT_ENCODER = "text_encoder"  # what the names of a pipeline's text encoders begin with
 
 
 class Network(Protocol):
@@ -78,6 +81,20 @@ def trunk(family: Family) -> nn.Module:
     """The UNet or transformer that is trained."""
     found: nn.Module = getattr(family.pipe, family.trunk_name)
     return found
+
+
+@contextmanager
+def encoders_on(family: Family, device: torch.device) -> Iterator[None]:
+    """Within the block the text encoders are on the device, after it in main memory."""
+    encoders = [part for name, part in family.pipe.components.items()
+                if name.startswith(TEXT_ENCODER) and isinstance(part, nn.Module)]
+    for encoder in encoders:
+        encoder.to(device)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")
 
 
 def save_pipeline(family: Family, folder: File) -> None:
