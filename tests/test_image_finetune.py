@@ -330,6 +330,7 @@ def test_text_encoders_come_to_the_device_for_new_prompts_alone(folder: Path, mo
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch, about its own use of it
 def test_a_compiled_network_learns_the_same(folder: Path, tmp_path: Path) -> None:
     chosen = job(folder, "sd3", 2)
     for name, compiled in (("eager", False), ("compiled", True)):
