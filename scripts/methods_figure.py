@@ -4,8 +4,8 @@
 
 Robot: the success of fresh.json (300 episodes a seed, pooled over the seeds with a Wilson interval), or with `--value
 return` the mean return of each seed with its own interval, and the curve of the run's own evaluations. Image: the last
-evaluation on held-out captions, mean over the seeds with a t interval, or with `--at held_out/jpeg_kb=0.8` where the
-curves first pass that value, between two evaluations on a straight line.
+evaluation on held-out captions, mean over the seeds (from three on with a t interval), or with
+`--at held_out/jpeg_kb=0.8` where the curves first pass that value, between two evaluations on a straight line.
 """
 
 from __future__ import annotations
@@ -140,11 +140,12 @@ def image_table(found: dict[str, list[Curve]]) -> list[str]:
 
 
 def across(values: list[float]) -> str:
-    """Mean over seeds, with a t interval from two seeds on."""
+    """Mean over seeds, with a t interval from three seeds on, and the seeds' own values."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     mean, low, high = mean_interval(values)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    interval = f" [{low:.3f}, {high:.3f}]" if len(values) > 2 else ""
+    return f"{mean:.3f}{interval} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
 def last(curves: list[Curve], name: str) -> float:
