@@ -23,8 +23,16 @@ from diffalign.spec import spec
 from diffalign.train import distributed, sharding
 from diffalign.train.run import Run
 from diffalign.train.state import TrainState, frozen_copy
-from diffalign.train.statistics import mean_interval
-from diffalign_image.evaluate import Drawn, Sampler, describe, kl_summary, sampler_policy, save_film, save_grid
+from diffalign_image.evaluate import (
+    Drawn,
+    Sampler,
+    describe,
+    kl_summary,
+    over_prompts,
+    sampler_policy,
+    save_film,
+    save_grid,
+)
 from diffalign_image.families import Family, FamilyName, decode, encoders_on, load, save_lora, save_pipeline, trunk
 from diffalign_image.guards import diversity, features
 from diffalign_image.guidance import Guidance, GuidedDenoiser
@@ -167,11 +175,8 @@ class Pretrained:
         chosen = sampler_policy(self.sampler, sampler)
         repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         drawn = self.draw(chosen, repeated, seed)
-        found = {}
         measured = score(Block(drawn.images, repeated), {**named_rewards(reward), **(held_out or {})})
-        for name, values in overall(reward, measured).items():
-            mean, low, high = mean_interval(values.double().reshape(len(prompts), -1).mean(1).tolist())
-            found[name] = {"mean": mean, "interval": [low, high]}
+        found = {name: over_prompts(values, images_per_prompt) for name, values in overall(reward, measured).items()}
         group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
         result = {"rewards": found, "diversity": diversity(features(drawn.images, clip), group), "split": "evaluation",
                   "prompts": len(prompts), "images": len(repeated), "seed": seed, "sampler": describe(chosen)}

@@ -122,9 +122,12 @@ class ImageSuperpose:
         yield "average", compose(policies, tuple(1 / len(policies) for _ in policies))
         yield "after", self._superposed(policies)
 
+    def _entries(self, images: int) -> list[tuple[str, ...]]:
+        return [entry for entry in self.captions for _ in range(images)]
+
     def _draw(self, policy: Policy, parts: Parts, seed: int, images: int) -> Drawn:
         """`images` pictures of every entry, in the entries' order."""
-        entries = [entry for entry in self.captions for _ in range(images)]
+        entries = self._entries(images)
         cond = {f"{i}/{name}": leaf for i, captions in enumerate(zip(*entries, strict=True))
                 for name, leaf in encode_captions(parts.tokenizer, parts.text_encoder, captions).items()}
         return Drawn(images_of(policy, parts, cond, seed=seed), [f" {self.operator} ".join(entry) for entry in entries])
@@ -132,7 +135,7 @@ class ImageSuperpose:
     def _score(self, drawn: Drawn, parts: Parts, seed: int) -> dict[str, Any]:
         """The rewards of what `_draw` gave."""
         images = len(drawn.captions) // len(self.captions)
-        columns = zip(*(entry for entry in self.captions for _ in range(images)), strict=True)
+        columns = zip(*self._entries(images), strict=True)
         scores = torch.stack([self.reward(drawn.images, captions) for captions in columns], 1)
         together = scores.amin(1) if self.operator == "and" else scores.amax(1)
         named = {"together": together, **{f"caption_{i}": score for i, score in enumerate(scores.T)}}
